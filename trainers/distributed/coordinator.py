@@ -144,9 +144,14 @@ class Coordinator:
             self._send(self.roster.leave(name, message["reason"]))
         elif kind == "restart":
             self.restart_member(message["rank"], message["why"])
+        elif kind == "facts":
+            self.roster.facts = message["facts"]
         elif kind == "bye":
-            self._connections.pop(name, None)
-            self._send(self.roster.finish(name, completed=message["completed"], now=now))
+            if message["completed"]:
+                self._connections.pop(name, None)
+                self._send(self.roster.complete(name))
+            else:
+                self._remove(name, message["why"])
         return name
 
     def _watch(self) -> None:

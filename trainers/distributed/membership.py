@@ -81,6 +81,7 @@ class Membership:
             thread.start()
         welcome = self._next()
         self.alone: bool = welcome["alone"]
+        self.facts: dict[str, Any] = welcome["facts"]
         if welcome["finished"]:
             raise Left("the run is complete")
 
@@ -115,6 +116,10 @@ class Membership:
         assert self.generation is not None
         return self.generation.members.index(self.name)
 
+    def publish(self, **facts: Any) -> None:
+        """Tell the workers that join later what rank 0 decided at the start; they find it in :attr:`facts`."""
+        self._send(kind="facts", facts=facts)
+
     def leave(self, reason: str) -> None:
         """Leave the run at the next step boundary: the others continue with this worker's units."""
         self._send(kind="leave", reason=reason)
@@ -133,10 +138,10 @@ class Membership:
             with contextlib.suppress(RuntimeError):  # of a broken group
                 dist.destroy_process_group()
 
-    def close(self, *, completed: bool) -> None:
-        """End the membership; ``completed``: the whole run is complete."""
+    def close(self, *, completed: bool = False, why: str = "its training failed") -> None:
+        """End the membership; ``completed``: the whole run is complete, else ``why`` this worker ends."""
         with contextlib.suppress(OSError):
-            self._send(kind="bye", completed=completed)
+            self._send(kind="bye", completed=completed, why=why)
         self._closed.set()
         hang_up(self._connection)
         self.close_group()

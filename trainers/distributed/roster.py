@@ -32,8 +32,9 @@ class Member:
 class Generation:
     """One process group: its members in order of rank, the rank that holds the newest state, and why it was formed.
 
-    ``source`` is None if no member holds a state: the run then starts from its newest checkpoint. ``lost``: members of
-    the generation before that died or were cut off; ``left``: those that left by agreement.
+    ``source`` is None if no member holds a state: the run then starts from its newest checkpoint. ``done``: the finished
+    steps of the newest state; ``stale``: some members hold an older one or none. ``broke``: the generation before did not
+    end at a step boundary. ``lost``: its members that died or were cut off; ``left``: those that left by agreement.
     """
 
     number: int
@@ -43,6 +44,8 @@ class Generation:
     source: int | None
     done: int
     cause: str
+    broke: bool = False
+    stale: bool = False
     joined: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
@@ -71,6 +74,7 @@ class Roster:
     members: dict[str, Member] = field(default_factory=dict)
     current: Generation | None = None
     finished: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)  # what rank 0 decided at the start, for those that join
     lost: dict[str, str] = field(default_factory=dict)  # name -> why, of all members lost so far
     _departed: list[str] = field(default_factory=list)
     _lost_now: list[str] = field(default_factory=list)
@@ -82,7 +86,8 @@ class Roster:
         member.since = now
         self.members[member.name] = member
         alone = self.current is not None and any(name in self.members for name in self.current.members)
-        return [(member.name, {"kind": "welcome", "alone": alone, "finished": self.finished})]
+        welcome = {"kind": "welcome", "alone": alone, "finished": self.finished, "facts": self.facts}
+        return [(member.name, welcome)]
 
     def ready(self, name: str, *, done: int, broken: bool, now: float) -> list[tuple[str, dict[str, Any]]]:
         """Record that a member waits for its next generation, holding the state after ``done`` steps.
@@ -92,6 +97,8 @@ class Roster:
         member = self.members.get(name)
         if member is None:
             return []
+        if self.finished:
+            return [(name, {"kind": "finished"})]
         member.ready, member.done = True, done
         messages = self._abort() if broken and self._is_current(name) else []
         if not self._is_current(name) and self.current is not None:
@@ -106,10 +113,11 @@ class Roster:
         return self._ask_for_regroup()
 
     def remove(self, name: str, why: str, *, now: float) -> list[tuple[str, dict[str, Any]]]:
-        """Remove a member that died or is cut off; the others give up their collective operations with it."""
+        """Remove a member that died, failed or is cut off; the others give up their collective operations with it."""
         member = self.members.pop(name, None)
         if member is None:
             return []
+        why = f"worker {member.rank}: {why}"
         self.lost[name] = why
         messages: list[tuple[str, dict[str, Any]]] = [(name, {"kind": "lost", "why": why})]
         if self._is_current(name):
@@ -117,13 +125,11 @@ class Roster:
             messages += self._abort()
         return messages + self.form(now=now)
 
-    def finish(self, name: str, *, completed: bool, now: float) -> list[tuple[str, dict[str, Any]]]:
-        """Remove a member whose training ended; if the run is complete, those that wait are told to end too."""
+    def complete(self, name: str) -> list[tuple[str, dict[str, Any]]]:
+        """Remove a member that has completed the run; those that wait for a generation are told to end too."""
         self.members.pop(name, None)
-        self.finished = self.finished or completed
-        if self.finished:
-            return [(other, {"kind": "finished"}) for other, one in self.members.items() if one.ready]
-        return self.form(now=now)
+        self.finished = True
+        return [(other, {"kind": "finished"}) for other, one in self.members.items() if one.ready]
 
     def form(self, *, now: float) -> list[tuple[str, dict[str, Any]]]:
         """Form the next generation if it is time; return the messages that announce it."""
@@ -153,6 +159,8 @@ class Roster:
             source=None if done == NO_STATE else source,
             done=done,
             cause=cause,
+            broke=self._aborted,
+            stale=any(self.members[name].done != done for name in names),
             joined=tuple(joined),
             lost=tuple(self._lost_now),
             left=tuple(left),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from dreamfleet.datasets.json_text import json_text
@@ -27,6 +28,18 @@ class MetricsLog:
         kept = [line for line in read_metrics(run) if line["step"] <= start_step] if start_step else []
         self.run.write_text(FILE, "".join(json_text(line) + "\n" for line in kept))
         self._pending, self._written = "", time.monotonic()
+
+    @classmethod
+    def continued(cls, run: Storage, lines: Sequence[dict[str, Any]]) -> MetricsLog:
+        """Return the log of a run whose writer was lost, after adding those of ``lines`` that it did not write."""
+        log = cls.__new__(cls)
+        log.run, log._pending, log._written = run, "", time.monotonic()
+        written = {_identity(line) for line in read_metrics(run)}
+        for line in lines:
+            if _identity(line) not in written:
+                log._pending += json_text(line) + "\n"
+        log.flush()
+        return log
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line; ``line["step"]`` is the number of finished optimizer steps."""
@@ -54,6 +67,10 @@ def read_metrics(run: Storage) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def _identity(line: dict[str, Any]) -> tuple[int, frozenset[str]]:
+    return line["step"], frozenset(line)
 
 
 def logged_figures(run: Storage) -> dict[str, float]:

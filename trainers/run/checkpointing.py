@@ -81,6 +81,11 @@ class Checkpointing:
         self.save(step)
         distributed.on_rank_0(lambda: self._release(before, newest=step))
 
+    def regroup(self) -> None:
+        """Agree on the newest checkpoint with the ranks of a new process group, after workers were lost or joined."""
+        steps = self.parts.distributed.on_rank_0(self.checkpoints.steps)
+        self.saved = steps[-1] if steps else None
+
     @property
     def best(self) -> str | None:
         """Folder name of the best checkpoint, or of the newest if there is no best; None without any."""

@@ -80,6 +80,11 @@ class Evaluation:
         )
         self.untuned = self._load_untuned()
 
+    def regroup(self) -> None:
+        """Continue with the ranks of a new process group: a new rank 0 needs the untuned model's images."""
+        if self.untuned is not None:
+            self.untuned = self._load_untuned()
+
     def write_real_images(self) -> None:
         """Write a grid of up to 12 training images to ``samples/real.png``; rank 0 only."""
         images = self._load_real(self.parts.sets.instances)[:12]

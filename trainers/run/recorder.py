@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,9 +23,12 @@ from dreamfleet.trainers.run.tensorboard import TensorBoard
 
 log = logging.getLogger(__name__)
 
+KEPT_LINES = 1000  # of metrics, on ranks that do not write them
+UNWRITTEN_SECONDS = 15.0  # TensorBoard's writer flushes every ten seconds
+
 
 class Recorder:
-    """Writes the run folder on rank 0; on other ranks :meth:`open` is not called, and logging does nothing."""
+    """Writes the run folder on rank 0. Other ranks do not call :meth:`open`, and keep the newest lines in memory."""
 
     def __init__(
         self,
@@ -38,6 +43,8 @@ class Recorder:
         self.metrics: MetricsLog | None = None
         self.board: TensorBoard | None = None
         self.scores: dict[str, float] = {}  # of the newest previews
+        # What rank 0 may not have written yet, should this rank have to take over: (time, line)
+        self._recent: deque[tuple[float, dict[str, Any]]] = deque(maxlen=KEPT_LINES)
 
     def open(self, start_step: int, *, engine_reason: str) -> None:
         """Write ``recipe.yaml`` and open ``metrics.jsonl``, and TensorBoard if ``report_to`` names it."""
@@ -48,9 +55,28 @@ class Recorder:
         if "tensorboard" in recipe.report_to:
             self.board = TensorBoard(self.run, start_step=start_step)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this rank writes the run folder."""
+        return self.metrics is not None
+
+    def take_over(self) -> None:
+        """Continue the files of a rank that was lost: add the lines that it logged and did not write."""
+        lines = [line for _, line in self._recent]
+        self.metrics = MetricsLog.continued(self.run, lines)
+        if "tensorboard" in self.parts.recipe.report_to:
+            since = time.monotonic() - UNWRITTEN_SECONDS
+            shown = [line for at, line in self._recent if at >= since or not self.run.is_local]
+            self.board = TensorBoard(self.run, start_step=shown[0]["step"] - 1 if shown else 0)
+            for line in shown:
+                self.board.log(line)
+        self._recent.clear()
+
     def log(self, line: dict[str, Any]) -> None:
         """Write a line of metrics to the loggers, and pass it to ``on_progress`` with ``total_steps``."""
-        if self.metrics is not None:
+        if self.metrics is None:
+            self._recent.append((time.monotonic(), line))
+        else:
             self.metrics.log(line)
             if self.board is not None:
                 self.board.log(line)

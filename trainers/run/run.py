@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import logging
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 import torch
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
-from dreamfleet.trainers.loop import Hooks, Outcome, Training, drive, train
+from dreamfleet.trainers.distributed.membership import GroupBroke, Membership, is_broken_group
+from dreamfleet.trainers.loop import Training, drive
 from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.events import open_rank_events
-from dreamfleet.trainers.report.metrics_log import read_metrics
-from dreamfleet.trainers.run.build import Load, Parts, assemble
+from dreamfleet.trainers.run.build import Load
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
-from dreamfleet.trainers.run.checkpointing import Checkpointing
-from dreamfleet.trainers.run.evaluation import Evaluation
-from dreamfleet.trainers.run.export import export_artifacts
-from dreamfleet.trainers.run.provenance import run_identity
-from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.session import Session
 from dreamfleet.trainers.run.stopwatch import Clock
-from dreamfleet.trainers.run.summary import Summary, summarise
-
-log = logging.getLogger(__name__)
+from dreamfleet.trainers.run.summary import Summary
 
 
 def run_worker(
@@ -44,6 +38,8 @@ def run_worker(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     waited: float = 0.0,
+    membership: Membership | None = None,
+    on_main: Callable[[], None] = lambda: None,
 ) -> Summary:
     """Train a whole run on this worker; return the run's summary, which is the same on every rank.
 
@@ -51,17 +47,23 @@ def run_worker(
     that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
     valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
     the run. ``waited``: the seconds before this worker was started, which count as start-up.
+
+    ``membership``: the workers come and go, and it opens their process groups; ``rank`` and ``world`` are then
+    ignored. Without it the caller has opened the one group of ``world`` workers. ``on_main`` is called when this
+    worker becomes the one that writes the run folder. Raises what :meth:`Membership.next_generation` raises.
     """
     clock = Clock(waited)
     with on_device(device, remedies=TRAINING) as settled:
         return drive(
             run_steps(
                 recipe,
-                DistributedContext(rank, world, settled, gpu_share),
+                DistributedContext(rank, world, settled, gpu_share, alone=membership is not None and membership.alone),
                 resume=resume,
                 should_stop=should_stop,
                 on_progress=on_progress,
                 clock=clock,
+                membership=membership,
+                on_main=on_main,
             )
         )
 
@@ -76,6 +78,8 @@ def run_steps(
     clock: Clock | None = None,
     load: Load = load_model,
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
+    membership: Membership | None = None,
+    on_main: Callable[[], None] = lambda: None,
 ) -> Training[Summary]:
     """Train a whole run as :func:`run_worker`; a generator that yields micro-batches and is sent their losses.
 
@@ -83,133 +87,111 @@ def run_steps(
     returns the recipe with its engine selected, and the reason.
     """
     clock = clock or Clock()
-    checkpoints = Checkpoints(Storage(recipe.output_dir), limit=recipe.train.checkpoints_total_limit)
-    found = newest_checkpoint(checkpoints, distributed) if resume else None
-    events = open_rank_events(Storage(recipe.output_dir), distributed.rank)
+
+    def start() -> Session:
+        return _start(
+            recipe,
+            distributed,
+            resume=resume,
+            clock=clock,
+            settle=settle,
+            membership=membership,
+            load=load,
+            should_stop=should_stop,
+            on_progress=on_progress,
+        )
+
+    if membership is None:
+        session = start()
+        with closing(session):
+            session.open()
+            return session.finish((yield from session.train()))
+    return (yield from _follow(membership, distributed, start, on_main))
+
+
+def _follow(
+    membership: Membership, distributed: DistributedContext, start: Callable[[], Session], on_main: Callable[[], None]
+) -> Training[Summary]:
+    """Train in one generation of workers after the other until the run is complete; return its summary.
+
+    A worker that comes late builds its session alone, and then joins the others. If a collective operation fails
+    because a worker was lost, the others continue in the next generation with the state that they hold.
+    """
+    session: Session | None = None
+    broke_at: float | None = None
+    was_main = False
+    try:
+        while True:
+            try:
+                if session is None and membership.alone:
+                    session = start()
+                    yield from session.warm_up()
+                generation = membership.next_generation(
+                    done=session.done if session is not None and not distributed.alone else None,
+                    broken=broke_at is not None,
+                )
+                distributed.regroup(membership.rank, len(generation.members))
+                membership.seal_group()
+                if distributed.is_main and not was_main:
+                    was_main = True
+                    on_main()
+                if generation.source is None:
+                    if session is not None:
+                        session, _ = None, session.close()
+                    session = start()
+                    session.open()
+                else:
+                    assert session is not None
+                    session.join(generation, broke_at=broke_at)
+                broke_at = None
+                outcome = yield from session.train()
+                if outcome.exit_reason != "regroup":
+                    return session.finish(outcome)
+            except Exception as error:
+                if not is_broken_group(error):
+                    raise
+                if session is not None and not session.parts.engine.regroups:
+                    raise GroupBroke(f"a worker was lost: {str(error)[:200]}") from error
+                broke_at = time.monotonic()
+    finally:
+        if session is not None:
+            session.close()
+
+
+def _start(
+    recipe: Recipe,
+    distributed: DistributedContext,
+    *,
+    resume: bool,
+    clock: Clock,
+    settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]],
+    membership: Membership | None,
+    **options: Any,
+) -> Session:
+    """Build the session of this rank from the newest checkpoint, or to join other workers if it is alone."""
+    run = Storage(recipe.output_dir)
+    checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit)
+    found = newest_checkpoint(checkpoints, distributed) if resume and not distributed.alone else None
+    events = open_rank_events(run, 0 if distributed.is_main else 1)
     events.add("start", step=found.step if found else 0, seconds=clock.start_up, world=distributed.world)
     recipe, engine_reason = settle(recipe, distributed)
-    parts = assemble(recipe, distributed, begins=found is None, load=load)
-    with closing(events), closing(parts.engine):
-        recorder = Recorder(parts, Storage(recipe.output_dir), on_progress=on_progress, events=events)
-        evaluation = Evaluation(parts, recorder)  # some metrics compare with the untuned model
-        start_step = _restore(found, parts) if found else 0
-        clock.resume(found.meta.get("seconds", {}) if found else {})
-        del found  # free its memory: up to three times that of the trainable parameters
-        checkpointing = Checkpointing(
-            parts, checkpoints, clock, start_step=start_step, after_save=recorder.flush
-        )
-        _open(recorder, checkpointing, evaluation, engine_reason)
-        hooks = _make_hooks(recorder, checkpointing, evaluation, should_stop)
-        _complete_round(recorder, start_step, hooks)
-        clock.ready()
-        events.add("ready", step=start_step, seconds=clock.start_up)
-        outcome = yield from _train(parts, start_step, hooks, recorder)
-        summary = summarise(parts, outcome, checkpointing, engine_reason)
-        _finish(parts, recorder, summary, clock)
-    return summary
-
-
-def _open(
-    recorder: Recorder, checkpointing: Checkpointing, evaluation: Evaluation, engine_reason: str
-) -> None:
-    """Write the first files of the run folder; for a new run, evaluate with ``sample_at_first``."""
-    parts, start_step = recorder.parts, checkpointing.start_step
-
-    def begin() -> None:
-        recorder.open(start_step, engine_reason=engine_reason)
-        checkpointing.recall_best(recorder.run)
-        if start_step == 0:
-            evaluation.write_real_images()
-
-    parts.distributed.on_rank_0(begin)
-    if start_step == 0 and parts.recipe.validation.sample_at_first:
-        if figures := evaluation.measure():
-            recorder.log({"step": 0, **figures})
-        evaluation.draw(0)
-
-
-def _make_hooks(
-    recorder: Recorder,
-    checkpointing: Checkpointing,
-    evaluation: Evaluation,
-    should_stop: Callable[[], bool],
-) -> Hooks:
-    def validate(step: int) -> dict[str, float]:
-        if figures := evaluation.measure():
-            checkpointing.keep_best(step, figures)
-        return figures
-
-    def sample(step: int) -> None:
-        evaluation.draw(step)
-        checkpointing.keep_best(step, recorder.scores)  # which rank 0 has
-
-    return Hooks(
-        log=recorder.log,
-        save=checkpointing.save,
-        sample=sample,
-        validate=validate,
-        should_stop=should_stop,
-        saved=lambda: checkpointing.saved,
+    if membership is not None:
+        if distributed.is_main:
+            membership.publish(engine=recipe.engine.model_dump(mode="json"), engine_reason=engine_reason)
+        elif distributed.alone and (facts := membership.facts):
+            engine = EngineConfig.model_validate(facts["engine"])
+            recipe, engine_reason = recipe.model_copy(update={"engine": engine}), facts["engine_reason"]
+    return Session(
+        recipe,
+        distributed,
+        found=found,
+        checkpoints=checkpoints,
+        events=events,
+        clock=clock,
+        engine_reason=engine_reason,
+        should_regroup=membership.wants_regroup if membership is not None else lambda: False,
+        **options,
     )
-
-
-def _complete_round(recorder: Recorder, start_step: int, hooks: Hooks) -> None:
-    """Validate the step that a run is resumed from, if the run was killed after its checkpoint and before its round."""
-    parts, run = recorder.parts, recorder.run
-    if start_step == 0 or not parts.schedule.samples_at(start_step):
-        return
-
-    def find() -> tuple[bool, bool]:
-        rounds = [line for line in read_metrics(run) if line["step"] == start_step and "loss" not in line]
-        return bool(rounds), run.exists(f"samples/step-{start_step:06d}.png")
-
-    is_measured, is_drawn = parts.distributed.on_rank_0(find)
-    if not is_measured and (figures := hooks.validate(start_step)):
-        hooks.log({"step": start_step, **figures})
-    if not is_drawn and parts.recipe.validation.prompts:
-        hooks.sample(start_step)
-
-
-def _train(parts: Parts, start_step: int, hooks: Hooks, recorder: Recorder) -> Training[Outcome]:
-    try:
-        return (
-            yield from train(
-                parts.engine,
-                parts.feed.stream(start_step, parts.schedule.total),
-                parts.prepare,
-                rates=parts.rates,
-                schedule=parts.schedule,
-                seed=parts.recipe.train.seed,
-                start_step=start_step,
-                hooks=hooks,
-            )
-        )
-    finally:
-        recorder.flush()  # also after an error, so that a failed run keeps its metrics
-
-
-def _finish(parts: Parts, recorder: Recorder, summary: Summary, clock: Clock) -> None:
-    """Export the artifacts of a completed run with ``train.export``; write the summary and the report."""
-    distributed = parts.distributed
-
-    def export() -> list[str]:
-        return export_artifacts(
-            parts.recipe,
-            parts.method,
-            recorder.run.child("exports"),
-            step=summary.steps,
-            dataset_hash=summary.dataset_hash,
-        )
-
-    def close() -> None:
-        summary.wall_seconds = summary.start_up_seconds + summary.train_seconds + clock.since_lap()
-        recorder.close(summary)
-
-    if summary.exit_reason == "completed" and parts.recipe.train.export:
-        with parts.engine.full_weights():  # on every rank: sharded weights are gathered
-            summary.exports = distributed.on_rank_0(export)
-    distributed.on_rank_0(close)
-    distributed.wait()
 
 
 def newest_checkpoint(checkpoints: Checkpoints, distributed: DistributedContext) -> Checkpoint | None:
@@ -233,34 +215,3 @@ def newest_checkpoint(checkpoints: Checkpoints, distributed: DistributedContext)
         distributed,
     )
     return found
-
-
-def _restore(found: Checkpoint, parts: Parts) -> int:
-    """Load a checkpoint into a run's parts; return its step.
-
-    Raises CheckpointError if the checkpoint is of another method or does not fit the recipe. Logs a warning
-    if dataset, base model, global batch or seed changed.
-    """
-    recipe, is_main = parts.recipe, parts.distributed.is_main
-    name = found.meta.get("method")
-    if name != recipe.method.name:
-        raise CheckpointError(
-            f"the checkpoint of step {found.step} is of {name}, this recipe is for {recipe.method.name}"
-        )
-    try:
-        parts.engine.load_weights(found.learned)
-        parts.engine.load_state(found.engine)
-        parts.method.steps_before = found.meta.get("steps_before", 0)
-    except RecipeError as error:
-        raise CheckpointError(f"the checkpoint of step {found.step} does not fit: {error}") from error
-    now = run_identity(parts)
-    changed = [key for key, value in now.items() if found.meta.get(key, value) != value]
-    if changed and is_main:
-        log.warning(
-            "continuing from step %d although %s changed: the run continues, but not as if it had never stopped",
-            found.step,
-            ", ".join(changed),
-        )
-    if is_main:
-        log.info("continuing from step %d", found.step)
-    return found.step
