@@ -14,7 +14,7 @@ FOLDERS := cluster datasets trainers tune
 PYTEST_ARGS ?=
 RUN ?= runs/demo
 
-.PHONY: help install install-test demo test test-fast test-gpu-matrix check lint types layers format links golden structure pages site docs wheel pocket bench bench-tune bench-gpu gpu-bundle clean
+.PHONY: help install install-test demo test test-fast lab storm test-gpu-matrix check lint types layers format links golden structure pages site docs wheel pocket bench bench-tune bench-gpu gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -64,7 +64,13 @@ test: $(VENV)/.installed-test ## every test of this machine, servers included (P
 	$(BIN)/python -m pytest $(IN_TWO) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-test ## the tests without servers and compilers: about four and a half minutes on two cores
-	$(BIN)/python -m pytest $(IN_TWO) -m "not cluster and not s3 and not slow and not simulated_gpu and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_TWO) -m "not cluster and not lab and not s3 and not slow and not simulated_gpu and not gpu" $(PYTEST_ARGS)
+
+lab: $(VENV)/.installed-test ## every fault on a cluster of namespaces; results and docs/faults.md (root, half an hour)
+	$(BIN)/python benchmarks/faults.py
+
+storm: $(VENV)/.installed-test ## random faults on one run: MINUTES=60 EVERY=60 PAIRS=0 SEED=0 (root, twice the minutes)
+	$(BIN)/python benchmarks/storm.py
 
 test-gpu-matrix: $(VENV)/.installed-test ## every method, family and precision on a simulated GPU (`make test` has every pair of them)
 	DREAMFLEET_GPU_MATRIX=1 $(BIN)/python -m pytest -m simulated_gpu $(PYTEST_ARGS)
@@ -115,8 +121,8 @@ wheel: $(VENV)/.installed-test ## dist/dreamfleet-*.whl, the pocket model inside
 pocket: $(VENV)/.installed ## train the small model that ships (hours on two cores, minutes on a GPU; resumes)
 	$(BIN)/python examples/pocket/build.py
 
-bench: $(VENV)/.installed ## every measurement in benchmarks/ that needs no GPU, one after the other
-	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v /gpu); do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(VENV)/.installed ## every measurement in benchmarks/ that needs neither GPU nor root, one after the other
+	@for script in $$(grep -l __main__ benchmarks/*.py | grep -Ev '/(gpu|faults|storm|scale)'); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 bench-tune: $(VENV)/.installed ## what a search brings, and trials, packs and fleets per hour
 	@for script in search_gain packing fleet; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done

@@ -24,6 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only slow tiny models down
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+os.environ.setdefault("DREAMFLEET_CACHE", str(ROOT / ".cache" / "dreamfleet"))
 os.environ.pop("RAY_ADDRESS", None)  # a test must not join a cluster that is configured here
 
 

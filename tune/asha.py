@@ -5,9 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.tune.trial_store import TrialStore
 
 UNLIMITED = 10**9  # steps; ASHA must not end a trial at its last step, before the artifacts have been written
+
+
+GRACE_SHARE = 3  # of a trial's steps, one in so many pass before it may be stopped: see docs/searches.md
 
 
 class Scheduler(Protocol):
@@ -29,7 +33,7 @@ class Asha:
             time_attr="step",
             metric=search.objective,
             mode="max" if search.maximise else "min",
-            grace_period=search.grace_period or recipe.validation.steps,
+            grace_period=search.grace_period or default_grace(recipe),
             reduction_factor=search.reduction_factor,
             max_t=UNLIMITED,
         )
@@ -51,6 +55,11 @@ class NoScheduler:
 
     def stops(self, name: str, figures: dict[str, Any]) -> bool:
         return False
+
+
+def default_grace(recipe: Recipe) -> int:
+    """Return the optimizer steps that every trial may train: a third of all, and at least one validation round."""
+    return max(recipe.validation.steps, -(-(recipe.train.max_train_steps or 0) // GRACE_SHARE))
 
 
 def make_scheduler(store: TrialStore) -> Scheduler:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dreamfleet.cluster.cli.base import AsJson, Overrides, RecipePath, Verbose, print_json, work
+from dreamfleet.cluster.cli.cluster_plan import cluster_lines
 from dreamfleet.trainers.config.units import format_size
 from dreamfleet.trainers.memory.strategies import format_overrides
 
@@ -49,6 +50,14 @@ def plan(
             help="Transfer rate between GPU and host in each direction; default: PCIe 4 x16 in practice."
         ),
     ] = "25GB/s",
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Also predict steps, checkpoints and failures on a cluster, such as 64xH100@400Gb; "
+            "docs/scale.md lists the further settings (per_node=8,mtbf=150d,step=0.4s,...).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -65,24 +74,31 @@ def plan(
         from dreamfleet.trainers.memory.slots import profile_slots
         from dreamfleet.trainers.recipe import load_recipe
         from dreamfleet.trainers.run.disk import disk_needs, require_disk
+        from dreamfleet.trainers.scale.cluster import parse_cluster
+        from dreamfleet.trainers.scale.plan import plan_cluster
 
         limits = {
             "gpu_memory": parse_size(gpu_memory, option="--gpu-memory") if gpu_memory else None,
             "host_memory": parse_size(host_memory, option="--host-memory") if host_memory else None,
         }
         rate = parse_size(pcie.removesuffix("/s"), option="--pcie")
+        described = parse_cluster(cluster) if cluster else None
         loaded = load_recipe(recipe, overrides or [])
         made = plan_memory(loaded, **limits)
         unpackable = find_unpackable(loaded)
         profile = None if unpackable else profile_slots(loaded, made.counts)
         needs = disk_needs(loaded)
+        scaled = plan_cluster(loaded, described, made) if described else None
     if as_json:
         slots = {"unpackable": unpackable, **(_fitting_slots(profile, made) if profile else {})}
         disk = {name: need.to_json() for name, need in needs.items()}
-        print_json(made.to_json(rate) | {"slots": slots, "disk": disk})
+        whole = made.to_json(rate) | {"slots": slots, "disk": disk}
+        print_json(whole | ({"cluster": scaled.to_json()} if scaled else {}))
     else:
         print("\n".join([*_head(made, loaded), "", *_table(made, rate), "", *_verdict(made, rate), ""]))
         print("\n".join(_packing(profile, unpackable, made)))
+        if scaled:
+            print("\n".join(["", *cluster_lines(scaled)]))
     for name, need in needs.items():
         stated = require_disk(need, loaded, what=f"a {name}")
         if not as_json:

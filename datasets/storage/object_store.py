@@ -200,6 +200,22 @@ def bucket_size(file_system: Any, key: str) -> int:
     return sum(int(entry["size"]) for entry in file_system.find(key, detail=True).values())
 
 
+def bucket_versions(file_system: Any, key: str) -> dict[str, str]:
+    """Return name -> size and ETag of an object (name "") or of all objects below a key."""
+    info = file_system.info(key)
+    if info["type"] != "directory":
+        return {"": _version(info)}
+    entries = file_system.find(key, detail=True).values()
+    start = len(key) + 1
+    return {entry["name"][start:]: _version(entry) for entry in entries if _is_file(entry)}
+
+
+def _version(entry: dict[str, Any]) -> str:
+    # s3fs calls it ETag, gcsfs etag; after a conversion by fsspec only the time of the last change may be left.
+    tag = entry.get("ETag") or entry.get("etag") or entry.get("LastModified") or entry.get("updated")
+    return f"{entry['size']} {tag}"
+
+
 def _is_file(entry: dict[str, Any]) -> bool:
     """Return whether a listed object is a file, and not an empty object that consoles or Hadoop create for a folder."""
     return entry["type"] != "directory" and not entry["name"].endswith(("/", "_$folder$"))

@@ -59,6 +59,7 @@ def make_trained_tree(folder: Path, output_dir: str, rates: list[float], **secti
     search = {
         "algorithm": "grid",
         "reduction_factor": 2,
+        "grace_period": 10,
         "max_concurrent_trials": 2,
         "space": space,
         **section,

@@ -61,7 +61,7 @@ def test_a_task_is_the_recipe_of_a_trial(tmp_path: Path) -> None:
 
 
 def test_rounds_and_ends_are_recorded_and_asha_stops(tmp_path: Path) -> None:
-    played = Played(make_recipe(tmp_path, reduction_factor=2))
+    played = Played(make_recipe(tmp_path, reduction_factor=2, grace_period=10))
     good, bad = played.start(), played.start()
     assert not played.round(good, 10, 0.2) and not played.round(good, 20, 0.1)
     assert played.round(bad, 10, 0.9)

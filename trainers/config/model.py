@@ -24,7 +24,8 @@ class ModelConfig(Section):
     pretrained_model_name_or_path: Annotated[str, HUB_MODEL] = Field(
         POCKET,
         validation_alias=AliasChoices("pretrained_model_name_or_path", "name_or_path", "model_path"),
-        description="`pocket`, a diffusers folder, a hub name, a `.safetensors` or `.ckpt` file",
+        description="`pocket`, a diffusers folder, a hub name, a `.safetensors` or `.ckpt` file; folders and files "
+        "also in a bucket",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub name")
     variant: str | None = Field(None, description="such as `fp16`, for folders with several variants")

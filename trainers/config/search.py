@@ -165,7 +165,8 @@ class SearchConfig(Section):
     grace_period: int | None = Field(
         None,
         ge=1,
-        description="optimizer steps before `asha` may stop a trial; default: one validation round",
+        description="optimizer steps before `asha` may stop a trial; default: a third of the steps, and at least one "
+        "validation round",
     )
     reduction_factor: float = Field(
         4, gt=1, description="`asha` continues the best 1 of this many trials at each rung"

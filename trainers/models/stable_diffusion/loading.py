@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dreamfleet.datasets.errors import ModelError
-from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.datasets.storage.node_cache import node_copy
 from dreamfleet.trainers.config.model import POCKET, ModelConfig
 from dreamfleet.trainers.models.formats.ldm_names import Config
 from dreamfleet.trainers.models.pretrained import first_line, pocket_folder
@@ -47,9 +47,9 @@ class StableDiffusionFamily:
         if name == POCKET:
             return _load_path(pocket_folder(), name, config, needs)
         if "://" in name:
-            with Storage(name).local_copy() as local:
+            with node_copy(name) as local:
                 model = _load_path(local, name, config, needs)
-                digest = model.short_hash()  # while the local copy still exists
+                digest = model.short_hash()  # while the local copy certainly exists
                 model.hash_file = lambda: digest
                 return model
         path = Path(name).expanduser()

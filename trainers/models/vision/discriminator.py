@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.json_text import json_text
-from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.datasets.storage.node_cache import node_copy
 from dreamfleet.trainers.config.methods.discriminator import INPUT_SIZE
 from dreamfleet.trainers.models.formats.convnext import SUFFIXES, read_convnext
 from dreamfleet.trainers.models.pretrained import first_line, quiet_libraries, save_part
@@ -107,7 +107,7 @@ def load_discriminator(name: str) -> Discriminator:
     """
     quiet_libraries()
     if "://" in name:
-        with Storage(name).local_copy() as path:
+        with node_copy(name) as path:
             return _load(path, name)
     path = Path(name).expanduser()
     if not path.exists() and (os.path.isabs(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):

@@ -1,0 +1,123 @@
+"""The table of faults: what strikes which run, and what must come of it; one function tries any row."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lab import faults
+from lab.faults import Fault
+from lab.laboratory import Laboratory
+from lab.trial import EVERY, STEPS, Trial
+
+ONE_SAVE = {"train__checkpointing_steps": STEPS}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault in one run, and the expected outcome.
+
+    ``code``: the driver's exit code; 0 means that the run goes on by itself. After another code the run must complete
+    with ``--resume``. ``repeated``: most steps computed twice. ``tolerance``: largest difference between a weight and
+    that of the undisturbed run; 0 requires equal bits, optimizer state included. ``in_ci``: part of the selection for
+    every change. ``recipe``: further keys of the recipe, dotted with ``__``. ``expect`` checks what else holds.
+    """
+
+    name: str
+    fault: Fault
+    code: int = 0
+    repeated: int = EVERY
+    tolerance: float = 0.0
+    workers: Any = 2
+    storage: str = "s3"
+    in_ci: bool = False
+    recipe: dict[str, Any] = field(default_factory=dict)
+    strikes_at: int = 25
+    expect: Callable[[Trial], None] = lambda trial: None
+
+
+ROWS = (
+    Row("SIGKILL of a worker", faults.kill_worker(1), in_ci=True),
+    Row("SIGKILL of rank 0", faults.kill_worker(0)),
+    Row("SIGKILL of all workers", faults.kill_all_workers),
+    Row("SIGKILL of a worker, shared folder", faults.kill_worker(1), storage="shared"),
+    Row("SIGKILL in a save", faults.kill_in_save),
+    Row("SIGKILL while starting, at once", faults.kill_starting(0.0), strikes_at=0, repeated=0),
+    Row("SIGKILL while starting, after 1.5 s", faults.kill_starting(1.5), strikes_at=0, repeated=0),
+    Row("SIGKILL while starting, after 4 s", faults.kill_starting(4.0), strikes_at=0, repeated=0),
+    Row("SIGTERM of a worker", faults.terminate_worker),
+    Row("SIGTERM of a node", faults.terminate_node),
+    Row("SIGKILL of a raylet", faults.kill_raylet),
+    Row("node without power", faults.power_off),
+    Row("node of rank 0 without power", faults.power_off_rank_0, in_ci=True),
+    Row("node drained, 30 s ahead", faults.drain_node),
+    Row("SIGKILL of the driver", faults.kill_driver, code=-9, in_ci=True),
+    Row("SIGKILL of the controller", faults.kill_controller, code=1),
+    Row("SIGSTOP of a worker for 30 s", faults.pause_worker(30), repeated=0),
+    Row("two nodes lose each other for 20 s", faults.partition(20)),
+    Row("two nodes lose each other for 60 s", faults.partition(60)),
+    Row("node cut off for 20 s", faults.isolate(20)),
+    Row("node cut off for 60 s", faults.isolate(60)),
+    Row("S3 away for 8 s, between saves", faults.s3_away(8), repeated=0, in_ci=True, recipe=ONE_SAVE),
+)
+
+
+def try_row(lab: Laboratory, row: Row, references: References) -> dict[str, Any]:
+    """Try a row on a repaired laboratory; return what was measured. Raises AssertionError if the outcome is another."""
+    lab.repair()
+    trial = Trial(lab, "trial", row.storage, row.workers, recipe=row.recipe)
+    began = time.monotonic()
+    try:
+        driver = trial.start()
+        trial.wait_for_step(row.strikes_at)
+        row.fault(trial)
+        code = driver.wait()
+        said = f"\n{chr(10).join(driver.lines[-15:])}"
+        assert code == row.code, f"the driver's exit code is {code}{said}"
+        if row.code != 0:
+            lab.repair()
+            again = trial.start("--resume")
+            assert again.wait() == 0, f"--resume ended with {again.code}: {again.lines[-15:]}"
+        row.expect(trial)
+        measured = trial.measure()
+        assert measured["repeated"] <= row.repeated, f"{measured}{said}"
+        difference = lab.ask("difference", references.find(row), trial.url)
+        assert difference <= row.tolerance, f"a weight differs by {difference:.2e} from the undisturbed run"
+        return {
+            "fault": row.name,
+            "storage": row.storage,
+            "workers": row.workers,
+            "goes_on": row.code == 0,
+            "code": code,
+            **measured,
+            "difference": difference,
+            "run_s": round(time.monotonic() - began, 1),
+            "load_1min": round(os.getloadavg()[0], 1),
+        }
+    finally:
+        trial.close()
+
+
+class References:
+    """The undisturbed runs that others are compared with, one for each number of workers, trained when first needed."""
+
+    def __init__(self, lab: Laboratory):
+        self.lab = lab
+        self.addresses: dict[str, str] = {}
+
+    def find(self, row: Row) -> str:
+        """Return the address of the undisturbed run of a row's recipe."""
+        key = str(row.workers)
+        if key not in self.addresses:
+            self.lab.repair()
+            trial = Trial(self.lab, "undisturbed", "s3", row.workers)
+            try:
+                assert trial.start().wait() == 0, trial.driver.lines[-15:]
+            finally:
+                trial.close()
+            assert trial.repeated() == 0 and trial.trace.last_step() == trial.steps
+            self.addresses[key] = trial.url
+        return self.addresses[key]
