@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
+import secrets
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.engines import engine_name
 from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight, require_room_here, this_machine
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Member = tuple[tuple[str, int], bytes]  # address and key of a coordinator
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -59,9 +64,9 @@ def fit(
 
     ``scaling.num_workers: 0`` trains in this process. Otherwise the run uses Ray: the cluster that this
     process is connected to, else the one at ``address``, else at RAY_ADDRESS, else a private one on this
-    machine. Workers that die are replaced up to ``scaling.max_failures`` times, and resume from the newest
-    valid checkpoint. ``shared`` names folders that all machines of the cluster see; if the cluster starts
-    machines on demand, local paths must be in them.
+    machine. Workers that die are replaced, and resume from the newest valid checkpoint, unless more than
+    ``scaling.max_failures`` fail before the next one. ``shared`` names folders that all machines of the cluster
+    see; if the cluster starts machines on demand, local paths must be in them.
 
     ``on_progress`` is called with each logged line of metrics; without it, progress is shown on stderr. In
     the main thread, the first SIGINT or SIGTERM ends the run after the current step with a checkpoint
@@ -130,8 +135,11 @@ def _fit_on_ray(
         share = preflight(recipe, session, display.say, shared=shared)
         # Workers report nothing to Ray Train, so its storage holds only a few files of its controller, which
         # runs on this machine: a temporary folder is enough, also for runs in buckets and on several machines.
-        with tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping:
-            trainer = _make_trainer(recipe, session, share, bookkeeping, started)
+        with (
+            tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping,
+            _coordinated(recipe, session) as coordinator,
+        ):
+            trainer = _make_trainer(recipe, session, share, bookkeeping, started, coordinator)
             with RunTail(run, display):
                 outcome = run_in_thread(trainer.fit, name="ray-train-fit")
         if outcome.error is not None:
@@ -139,45 +147,65 @@ def _fit_on_ray(
     return Summary(**outcome.value.return_value)
 
 
+@contextmanager
+def _coordinated(recipe: Recipe, session: RaySession) -> Iterator[Member | None]:
+    """Yield the address and key of a coordinator of the run's workers; None if its engine cannot change them."""
+    if engine_name(recipe.engine) != "torch" and not recipe.engine.is_auto:
+        yield None
+        return
+    from dreamfleet.trainers.distributed.coordinator import Coordinator
+    from dreamfleet.trainers.distributed.roster import Roster
+
+    key = secrets.token_bytes(32)
+    roster = Roster(recipe.scaling.max_workers, least=recipe.scaling.min_workers)
+    with Coordinator(roster, key=key, host=session.own_address) as coordinator:
+        yield coordinator.address, key
+
+
 def _make_trainer(
-    recipe: Recipe, session: RaySession, share: WorkerShare, bookkeeping: str, started: float
+    recipe: Recipe,
+    session: RaySession,
+    share: WorkerShare,
+    bookkeeping: str,
+    started: float,
+    coordinator: Member | None,
 ) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from dreamfleet.trainers.distributed.process_group import STEP_TIMEOUT
-    from dreamfleet.trainers.driver.worker import RaiseAtOnce, train_worker, worker_environment
-
-    class LocalTrainer(TorchTrainer):
-        """A TorchTrainer without placement group cleaner, for a private Ray, which ends with this process."""
-
-        def _create_default_callbacks(self) -> list[Any]:
-            # The cleaner takes seconds to start and, without a dashboard, logs a warning every second.
-            return [
-                callback
-                for callback in super()._create_default_callbacks()
-                if type(callback).__name__ != "PlacementGroupCleanerCallback"
-            ]
+    from dreamfleet.trainers.driver.member_trainer import LocalTrainer, MemberTrainer
+    from dreamfleet.trainers.driver.ray_internals import MemberConfig
+    from dreamfleet.trainers.driver.watch import RunWatch
+    from dreamfleet.trainers.driver.worker import train_worker, worker_environment
 
     scaling, sent = recipe.scaling, variables_to_send(buckets="://" in recipe.to_yaml())
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
         # Secrets are passed in this closure, as Ray displays and logs environments and may export the config.
-        return train_worker(config, sent)
+        return train_worker(config, sent, coordinator)
 
-    return (LocalTrainer if session.private else TorchTrainer)(
+    elastic = (scaling.min_workers, scaling.max_workers) if scaling.is_elastic else scaling.max_workers
+    backend = share.backend(scaling.max_workers)
+    timeout = int(STEP_TIMEOUT.total_seconds())
+    kind: Callable[..., Any] = LocalTrainer
+    if coordinator is not None:
+        kind = functools.partial(MemberTrainer, coordinator=coordinator, most=scaling.max_workers)
+    return kind(
         loop,
+        private=session.private,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "threads": share.threads,
             "gpu_share": share.gpu_share,
+            "backend": backend,
             "waited": time.monotonic() - started,
         },
-        torch_config=TorchConfig(
-            backend=share.backend(scaling.max_workers), timeout_s=int(STEP_TIMEOUT.total_seconds())
+        torch_config=(TorchConfig if coordinator is None else MemberConfig)(
+            backend=backend, timeout_s=timeout
         ),
         scaling_config=ScalingConfig(
-            num_workers=scaling.max_workers,
+            num_workers=scaling.max_workers if coordinator is None else elastic,
             use_gpu=share.uses_gpu,
             resources_per_worker=share.resources,
             placement_strategy=scaling.placement_strategy,
@@ -187,11 +215,11 @@ def _make_trainer(
             name=f"{recipe.run_name}-{uuid.uuid4().hex[:12]}",
             storage_path=bookkeeping,
             failure_config=FailureConfig(
-                max_failures=scaling.max_failures,
+                max_failures=-1,  # RunWatch counts them
                 # Ray waits one minute for machines before each such failure; its default is no limit.
                 controller_failure_limit=scaling.wait_minutes,
             ),
-            callbacks=[RaiseAtOnce(Storage(recipe.output_dir), sent)],
+            callbacks=[RunWatch(Storage(recipe.output_dir), sent, scaling)],
             worker_runtime_env={"env_vars": worker_environment(share.threads)},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -228,7 +256,7 @@ def run_in_thread(work: Callable[[], Any], *, name: str) -> Outcome:
 
 def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception:
     """Return the worker's UserError or RunFailed behind an error of Ray Train, else one that describes it."""
-    from ray.train import ControllerError, WorkerGroupError
+    from ray.train import ControllerError
 
     cause: BaseException | None = error
     if isinstance(error, ControllerError):
@@ -239,13 +267,6 @@ def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception
         cause = cause.__cause__
     logs = session.log_folder
     where = f" Logs of the workers: {logs}." if logs else ""
-    if isinstance(error, WorkerGroupError):
-        rank, first = min(error.worker_failures.items(), default=(0, error))
-        lines = str(first).strip().splitlines() or [type(first).__name__]
-        return RunFailed(
-            f"worker {rank} failed {recipe.scaling.max_failures + 1} times (scaling.max_failures), the last time with "
-            f"{type(first).__name__}: {lines[0]}{where} Continue from the newest checkpoint with --resume."
-        )
     if isinstance(error, ControllerError) and "Startup" in type(error.controller_failure).__name__:
         return ResourceError(
             f"no room for {recipe.scaling.min_workers} workers within {recipe.scaling.wait_minutes} minutes "

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 
 from dreamfleet.datasets.rng import key
+from dreamfleet.trainers.distributed.pulse import Pulse
 from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.step_metrics import LossWatch, Meter
@@ -25,8 +26,12 @@ class Hooks:
     should_stop: Callable[[], bool] = lambda: False
     #: whether a worker waits to join or to leave; if any rank says so, all end the loop after the same step
     should_regroup: Callable[[], bool] = lambda: False
+    #: whether to save a checkpoint before regrouping, because a worker is to leave
+    should_save: Callable[[], bool] = lambda: False
     #: the step of the newest checkpoint, the same on every rank; None when there is none
     saved: Callable[[], int | None] = lambda: None
+    #: the progress that other threads read
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 @dataclass
@@ -113,22 +118,25 @@ def train(
 ) -> Training[Outcome]:
     """Train from optimizer step ``start_step`` to ``schedule.total``, or until the hooks ask to stop or to regroup.
 
-    This is a generator: see :func:`drive`. ``progress``: that of a training whose workers have changed. ``prepare`` completes a batch on the device. ``rates``: the learning rate of
-    each parameter group as a function of the step (from 0). Raises RunFailed if a loss is not finite, before the
-    resulting weights are saved or evaluated, and if every gradient is exactly zero.
+    This is a generator: see :func:`drive`. ``prepare`` completes a batch on the device. ``rates``: the learning rate of
+    each parameter group as a function of the step (from 0). ``progress``: that of a training whose workers have
+    changed. Raises RunFailed if a loss is not finite, before the resulting weights are saved or evaluated, and if every
+    gradient is exactly zero.
     """
     progress = progress or Progress(engine, schedule, start_step, hooks)
     loop = _Loop(engine, batches, prepare, rates, progress, hooks)
     step = start_step
     try:
-        asked = engine.any_rank(False, False)
+        asked = engine.any_rank(False, False, False)
         for step in range(start_step, schedule.total):
-            stops, regroups = asked()
+            stops, regroups, saves = asked()
             if stops:
                 return loop.interrupt(step)
             if regroups:
+                if saves:
+                    loop.interrupt(step)
                 return Outcome(step, "regroup", progress.meter.figures)
-            asked = engine.any_rank(hooks.should_stop(), hooks.should_regroup())
+            asked = engine.any_rank(hooks.should_stop(), hooks.should_regroup(), hooks.should_save())
             yield from loop.take_step(step, seed)
     except StopTraining:
         engine.drop_gradients()
@@ -193,6 +201,7 @@ class _Loop:
         self.engine, self.batches, self.prepare, self.rates = engine, batches, prepare, rates
         self.progress, self.schedule, self.hooks = progress, progress.schedule, hooks
         self.watch, self.meter = progress.watch, progress.meter
+        hooks.pulse.resume(progress.done or 0)
 
     def take_step(self, step: int, seed: int) -> Generator[Micro, Loss, None]:
         """Take optimizer step ``step`` (from 0); then log, save, evaluate and generate previews where they are due.
@@ -201,9 +210,11 @@ class _Loop:
         that it repeats exactly after a resume and on any number of workers.
         """
         engine, meter, units = self.engine, self.meter, self.engine.units
+        pulse = self.hooks.pulse
         now = {name: rate(step) for name, rate in self.rates.items()}
         losses = []
         for number, unit in enumerate(units):
+            pulse.mark("data")
             batch, unit_seed = meter.wait_for(self.batches), key("step", seed, step, unit)
             if not self.progress.is_warm:
                 yield from self.progress.warm_up(batch, self.prepare, seed=unit_seed)
@@ -211,9 +222,11 @@ class _Loop:
                 engine.begin_step(now, step + 1)
             ready = self.prepare(engine.to_device(batch))
             last = number == len(units) - 1
+            pulse.begin_pass(ready, last=last)
             loss = yield Micro(engine, ready, last=last, seed=unit_seed, keeps=number > 0)
             self.watch.see_loss(loss.total)
             losses.append(loss)
+        pulse.mark("reduce")
         norm = engine.step(now, step + 1)
         self.progress.done = step + 1
         self.watch.see_norm(norm)
@@ -223,7 +236,8 @@ class _Loop:
     def interrupt(self, done: int) -> Outcome:
         """Save a checkpoint after ``done`` steps, and return the outcome of the interrupted training."""
         self.watch.require_finite(done)
-        self.hooks.save(done)
+        with self.hooks.pulse.during("save"):
+            self.hooks.save(done)
         return Outcome(done, "interrupted", self.meter.figures)
 
     def _finish_step(self, done: int, norm: torch.Tensor, rates: dict[str, float]) -> None:
@@ -233,11 +247,15 @@ class _Loop:
             self.progress.log(done, norm, rates, hooks)
         elif saves or samples:
             self.watch.require_finite(done)
+        hooks.pulse.saved = hooks.saved()
+        hooks.pulse.finish_step(done)
         with self.meter.paused():
             if saves:
-                hooks.save(done)
+                with hooks.pulse.during("save"):
+                    hooks.save(done)
             if samples:
-                if figures := hooks.validate(done):
-                    self.meter.figures.update(figures)
-                    hooks.log({"step": done, **figures})
-                hooks.sample(done)
+                with hooks.pulse.during("evaluation"):
+                    if figures := hooks.validate(done):
+                        self.meter.figures.update(figures)
+                        hooks.log({"step": done, **figures})
+                    hooks.sample(done)

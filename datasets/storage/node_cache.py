@@ -24,7 +24,9 @@ from dreamfleet.datasets.storage.storage import Storage
 
 log = logging.getLogger(__name__)
 FOLDER_VARIABLE = "DREAMFLEET_CACHE"
-KEPT_SECONDS = 24 * 3600.0  # after the last use of an outdated entry, which another process may still be reading
+KEPT_SECONDS = (
+    24 * 3600.0
+)  # after the last use of an outdated entry, which another process may still be reading
 
 
 def cache_folder() -> Path:

@@ -15,7 +15,14 @@ from typing import Any
 KEY = b"the key of a test"
 
 
-def work(folder: str, tree: dict[str, Any], address: tuple[str, int], rank: int, plan: dict[str, Any]) -> None:
+def work(
+    folder: str,
+    tree: dict[str, Any],
+    address: tuple[str, int],
+    rank: int,
+    expected: int,
+    plan: dict[str, Any],
+) -> None:
     """Train as the worker that the launcher numbers ``rank``; write the summary, or the error, as JSON."""
     import torch
 
@@ -25,12 +32,15 @@ def work(folder: str, tree: dict[str, Any], address: tuple[str, int], rank: int,
 
     torch.set_num_threads(1)
     _plant(plan)
-    membership = Membership(address, KEY, rank=rank, host="127.0.0.1")
+    membership = Membership(address, KEY, rank=rank, expected=expected, host="127.0.0.1")
     result: dict[str, Any] = {}
     completed = False
     try:
         summary = run_worker(build_recipe(tree), resume=True, membership=membership)
-        completed, result = True, {"steps": summary.steps, "reason": summary.exit_reason, "workers": summary.workers}
+        completed, result = (
+            True,
+            {"steps": summary.steps, "reason": summary.exit_reason, "workers": summary.workers},
+        )
     except Left as left:
         result = {"left": str(left)}
     except BaseException as error:  # noqa: BLE001 - reported to the test
@@ -77,7 +87,7 @@ class Workers:
         from dreamfleet.trainers.distributed.coordinator import Coordinator
         from dreamfleet.trainers.distributed.roster import Generation, Roster
 
-        self.folder, self.tree = folder, tree
+        self.folder, self.tree, self.expected = folder, tree, expected
         self.generations: list[Generation] = []
         self.coordinator = Coordinator(
             Roster(expected), key=KEY, silence=silence, on_change=self.generations.append
@@ -88,7 +98,8 @@ class Workers:
     def start(self, rank: int, **plan: Any) -> None:
         """Start a worker; ``plan``: see :func:`_plant`."""
         process = self._context.Process(
-            target=work, args=(str(self.folder), self.tree, self.coordinator.address, rank, plan)
+            target=work,
+            args=(str(self.folder), self.tree, self.coordinator.address, rank, self.expected, plan),
         )
         process.start()
         self.processes.append(process)

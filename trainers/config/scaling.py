@@ -43,7 +43,18 @@ class ScalingConfig(Section):
         description="trainings of a search or a fleet that share one process and one copy of the frozen model, if the "
         "method allows it; 1 = one after the other; auto = as many as fit, up to 32 on a GPU and 8 on a CPU",
     )
-    max_failures: int = Field(3, ge=-1, description="restarts of the workers after one failed; -1 = no limit")
+    max_failures: int = Field(
+        3,
+        ge=-1,
+        description="failures of workers that are survived between two checkpoints; preemptions do not count, and an "
+        "error that repeats at the same step ends the run at once; -1 = no limit",
+    )
+    hang_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="seconds without progress within a step after which workers are started again; default: 10 times "
+        "the slowest of the last 100 steps, at least 60",
+    )
     wait_minutes: int = Field(
         15, ge=1, description="minutes that workers wait for busy machines and for machines that are starting"
     )

@@ -100,7 +100,9 @@ class Coordinator:
                 connection = self._listener.accept()
             except (OSError, EOFError):
                 continue
-            threading.Thread(target=self._serve, args=(connection,), daemon=True, name="coordinator-serve").start()
+            threading.Thread(
+                target=self._serve, args=(connection,), daemon=True, name="coordinator-serve"
+            ).start()
 
     def _serve(self, connection: Connection) -> None:
         name = ""
@@ -131,11 +133,8 @@ class Coordinator:
             name = message["name"]
             self._connections[name] = connection
             self._heard[name] = now
-            self._send(
-                self.roster.join(
-                    Member(name, message["rank"], message["host"], message["port"]), now=now
-                )
-            )
+            member = Member(name, message["rank"], message["host"], message["port"])
+            self._send(self.roster.join(member, expected=message["expected"], now=now))
             return str(name)
         self._heard[name] = now
         if kind == "ready":

@@ -56,11 +56,20 @@ def is_broken_group(error: BaseException) -> bool:
 class Membership:
     """A worker's connection to the :class:`~dreamfleet.trainers.distributed.coordinator.Coordinator` of its run.
 
-    ``rank`` is the worker's number at the launcher, ``host`` the address at which the other workers reach this one.
+    ``rank`` is the worker's number at the launcher, ``expected`` the number of workers that it started, ``host`` the address at which the other workers reach this one.
     ``alone`` tells whether a generation is training already: this worker then builds its parts by itself and joins.
     """
 
-    def __init__(self, address: tuple[str, int], key: bytes, *, rank: int, host: str, backend: str = "gloo"):
+    def __init__(
+        self,
+        address: tuple[str, int],
+        key: bytes,
+        *,
+        rank: int,
+        expected: int,
+        host: str,
+        backend: str = "gloo",
+    ):
         self.backend, self.name = backend, f"{rank}-{uuid.uuid4().hex[:8]}"
         # Every member offers a store; a generation uses that of its rank 0.
         self._store = dist.TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
@@ -70,9 +79,12 @@ class Membership:
         self._lock, self._sending = threading.Lock(), threading.Lock()
         # The newest generations that are to regroup, and to give up; messages may arrive before the group is open.
         self._regroups, self._aborted = 0, 0
+        self._is_leaving = False
         self._cut_off, self._closed = "", threading.Event()
         self._connection = connect(address, key)
-        self._send(kind="hello", name=self.name, rank=rank, host=host, port=self._store.port)
+        self._send(
+            kind="hello", name=self.name, rank=rank, expected=expected, host=host, port=self._store.port
+        )
         self._threads = [
             threading.Thread(target=self._receive, daemon=True, name="membership"),
             threading.Thread(target=self._beat, daemon=True, name="membership-heartbeat"),
@@ -122,6 +134,9 @@ class Membership:
 
     def leave(self, reason: str) -> None:
         """Leave the run at the next step boundary: the others continue with this worker's units."""
+        if self._is_leaving:
+            return
+        self._is_leaving = True
         self._send(kind="leave", reason=reason)
 
     def restart_member(self, rank: int, why: str) -> None:
@@ -140,6 +155,8 @@ class Membership:
 
     def close(self, *, completed: bool = False, why: str = "its training failed") -> None:
         """End the membership; ``completed``: the whole run is complete, else ``why`` this worker ends."""
+        if self._closed.is_set():
+            return
         with contextlib.suppress(OSError):
             self._send(kind="bye", completed=completed, why=why)
         self._closed.set()
@@ -156,7 +173,9 @@ class Membership:
                 raise dist.DistError(f"generation {generation.number} was given up before it began")
         store: Any = self._store
         if rank > 0:
-            store = dist.TCPStore(generation.host, generation.port, None, is_master=False, wait_for_workers=False)
+            store = dist.TCPStore(
+                generation.host, generation.port, None, is_master=False, wait_for_workers=False
+            )
         dist.init_process_group(
             self.backend,
             store=dist.PrefixStore(f"generation-{generation.number}", store),
@@ -233,7 +252,9 @@ class Membership:
                 self._connection.send_bytes(json_text(message).encode())
         except OSError:
             if message["kind"] in ("ready", "hello"):
-                raise CutOff(f"this worker was cut off from its run: {self._cut_off or 'no connection'}") from None
+                raise CutOff(
+                    f"this worker was cut off from its run: {self._cut_off or 'no connection'}"
+                ) from None
             raise
 
 
@@ -262,7 +283,9 @@ def connect(address: tuple[str, int], key: bytes) -> Connection:
         answer_challenge(connection, key)
         deliver_challenge(connection, key)
     except (OSError, EOFError, AuthenticationError) as error:
-        raise CutOff(f"the coordinator of the run at {address[0]}:{address[1]} cannot be reached: {error}") from None
+        raise CutOff(
+            f"the coordinator of the run at {address[0]}:{address[1]} cannot be reached: {error}"
+        ) from None
     return connection
 
 

@@ -57,7 +57,9 @@ class Generation:
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Generation:
         """Return the generation that :meth:`to_dict` described."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()})
+        return cls(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+        )
 
 
 @dataclass
@@ -74,16 +76,21 @@ class Roster:
     members: dict[str, Member] = field(default_factory=dict)
     current: Generation | None = None
     finished: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)  # what rank 0 decided at the start, for those that join
+    facts: dict[str, Any] = field(
+        default_factory=dict
+    )  # what rank 0 decided at the start, for those that join
     lost: dict[str, str] = field(default_factory=dict)  # name -> why, of all members lost so far
     _departed: list[str] = field(default_factory=list)
     _lost_now: list[str] = field(default_factory=list)
     _aborted: bool = False  # members of the current generation were told to give up its collective operations
     _forming_since: float | None = None
 
-    def join(self, member: Member, *, now: float) -> list[tuple[str, dict[str, Any]]]:
-        """Add a member; it is told whether it builds its parts alone, because a generation is training."""
-        member.since = now
+    def join(self, member: Member, *, expected: int, now: float) -> list[tuple[str, dict[str, Any]]]:
+        """Add a member; it is told whether it builds its parts alone, because a generation is training.
+
+        ``expected``: the number of workers that the launcher has started with it.
+        """
+        member.since, self.expected = now, expected
         self.members[member.name] = member
         alone = self.current is not None and any(name in self.members for name in self.current.members)
         welcome = {"kind": "welcome", "alone": alone, "finished": self.finished, "facts": self.facts}

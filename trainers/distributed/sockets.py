@@ -34,9 +34,7 @@ class OpenedSockets:
         return sum(_shut(number, inode) for number, inode in opened.items())
 
     def _opened(self) -> dict[int, int]:
-        return {
-            number: inode for number, inode in _sockets().items() if self._before.get(number) != inode
-        }
+        return {number: inode for number, inode in _sockets().items() if self._before.get(number) != inode}
 
 
 def _sockets() -> dict[int, int]:
@@ -54,7 +52,10 @@ def _shut(number: int, inode: int) -> bool:
     """Shut down one connected TCP socket, unless its file number belongs to another file by now."""
     try:
         with socket.socket(fileno=os.dup(number)) as found:
-            if os.fstat(found.fileno()).st_ino != inode or found.family not in (socket.AF_INET, socket.AF_INET6):
+            if os.fstat(found.fileno()).st_ino != inode or found.family not in (
+                socket.AF_INET,
+                socket.AF_INET6,
+            ):
                 return False
             found.getpeername()
             found.shutdown(socket.SHUT_RDWR)

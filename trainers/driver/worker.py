@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from ray.train import UserCallback
-
 from dreamfleet.datasets.environment import apply_variables
-from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
-from dreamfleet.trainers.report.events import CONTROLLER, EventLog
+from dreamfleet.trainers.distributed.membership import Left, Membership, own_address
+from dreamfleet.trainers.distributed.pulse import Pulse, training_here
+from dreamfleet.trainers.driver.progress import be_verbose, log_to_run, watch_for_stop
+from dreamfleet.trainers.report.events import set_node
 
 # Environment variables that workers get from the driver; no secrets, as Ray displays and logs them.
 PASSED_ON = ("TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
 PASSED_ON_PREFIXES = ("DREAMFLEET_",)
 
 
-def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, Any]:
+def train_worker(
+    config: dict[str, Any], sent: Mapping[str, str], coordinator: tuple[tuple[str, int], bytes] | None = None
+) -> dict[str, Any]:
     """Train as one of the workers that Ray Train starts; return the run's summary as plain data.
 
-    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share`` and ``waited``; ``sent`` is the
-    result of ``environment.variables_to_send``. When a worker dies, Ray restarts the whole group and does not
-    tell the new workers: so a worker always resumes from the newest valid checkpoint in the run folder. For a
-    new run the driver has checked that there is none.
+    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share``, ``backend`` and ``waited``; ``sent`` is the
+    result of ``environment.variables_to_send``. ``coordinator``: its address and key. A worker that starts while
+    others train joins them. If all workers start, they resume from the newest valid checkpoint in the run folder; for
+    a new run the driver has checked that there is none. A worker that leaves a run, which the others continue, returns
+    ``{"left": reason}``.
     """
     apply_variables(sent)
     import ray.train
@@ -40,20 +42,60 @@ def train_worker(config: dict[str, Any], sent: Mapping[str, str]) -> dict[str, A
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
     recipe = build_recipe(config["recipe"])
     run = Storage(recipe.output_dir)
-    with log_to_run(run, verbose=rank == 0), watch_for_stop(run, watch=rank == 0) as should_stop:
-        summary = run_worker(
-            recipe,
-            rank=rank,
-            world=world,
-            device=ray.train.torch.get_device(),
-            gpu_share=config["gpu_share"],
-            resume=True,
-            should_stop=should_stop,
-            waited=config["waited"],
-        )
+    set_node(ray.util.get_node_ip_address())
+    # A worker may become the one that writes the run folder.
+    watches = rank == 0 or coordinator is not None
+    with (
+        training_here(Pulse()) as pulse,
+        log_to_run(run, verbose=rank == 0 and coordinator is None),
+        watch_for_stop(run, watch=watches) as should_stop,
+        _membership(coordinator, rank, world, config["backend"]) as membership,
+    ):
+        if (
+            device.type == "cuda" and membership is not None
+        ):  # Ray numbers the workers of a node only as a group
+            os.environ["LOCAL_RANK"] = str(device.index or 0)
+        try:
+            summary = run_worker(
+                recipe,
+                rank=rank,
+                world=world,
+                device=device,
+                gpu_share=config["gpu_share"],
+                resume=True,
+                should_stop=should_stop,
+                waited=config["waited"],
+                pulse=pulse,
+                membership=membership,
+                on_main=be_verbose,
+            )
+        except Left as left:
+            return {"left": str(left)}
+        if membership is not None:
+            membership.close(completed=True)
     return dataclasses.asdict(summary)
+
+
+@contextmanager
+def _membership(
+    coordinator: tuple[tuple[str, int], bytes] | None, rank: int, world: int, backend: str
+) -> Iterator[Membership | None]:
+    """Yield this worker's membership, which ends with the context; None without a coordinator."""
+    if coordinator is None:
+        yield None
+        return
+    address, key = coordinator
+    host = own_address(address)
+    membership = Membership(address, key, rank=rank, expected=world, host=host, backend=backend)
+    try:
+        yield membership
+    except BaseException as error:
+        membership.close(why=f"{type(error).__name__}: {error}"[:300])
+        raise
+    membership.close(why="it left")
 
 
 def worker_environment(threads: int) -> dict[str, str]:
@@ -68,29 +110,3 @@ def worker_environment(threads: int) -> dict[str, str]:
         if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
     }
     return passed | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-
-
-class RaiseAtOnce(UserCallback):
-    """Ends the run at the first error that a restart would repeat; runs in Ray Train's controller.
-
-    Ray Train restarts the workers after an exception in a worker, but not after one in a callback. A worker's
-    exception raised here reaches the driver as the cause of a ControllerError, and ends the ranks that wait
-    for the failed one.
-    """
-
-    def __init__(self, run: Storage, sent: Mapping[str, str]):
-        self.run, self.sent = run, sent
-
-    @cached_property
-    def events(self) -> EventLog:
-        """The events of the controller, which is another process than the driver."""
-        apply_variables(self.sent)
-        return EventLog(self.run, CONTROLLER)
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise the UserError or RunFailed of the lowest rank that has one."""
-        for rank, error in sorted(worker_exceptions.items()):
-            self.events.add("failure", rank=rank, cause=type(error).__name__, error=str(error)[:1000])
-        for _, error in sorted(worker_exceptions.items()):
-            if isinstance(error, UserError | RunFailed):
-                raise error

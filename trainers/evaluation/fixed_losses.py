@@ -63,7 +63,9 @@ class FixedLosses:
             captions, model, data = self.index.column("caption"), self.method.model, self.data
             mine = self.index.take(missing, [captions[row] for row in missing])
             encoded = encode_index(mine, model, data, enlarged=self.enlarged)
-            fixed = data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
+            fixed = data.model_copy(
+                update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False}
+            )
             shown = Shown(mine, data.model_copy(update={"center_crop": True, "random_flip": False}), 0)
             time_ids = shown.time_ids([Draw(row, 0) for row in range(len(missing))])
             masks = encoded.mask or [torch.ones(1, *mean.shape[1:]) for mean in encoded.mean]

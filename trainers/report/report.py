@@ -23,9 +23,12 @@ from dreamfleet.trainers.config.metrics import HELD_OUT, METRICS, Metric, figure
 from dreamfleet.trainers.report import formatting
 from dreamfleet.trainers.report.charts import Chart, Line, Point, lay_out, smooth
 from dreamfleet.trainers.report.comparison import LONGEST_SIDE, compare, over_time
+from dreamfleet.trainers.report.events import read_events
 from dreamfleet.trainers.report.html import environment
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.report.preview_grid import PreviewGrid, read_preview_grids, read_real_images
+from dreamfleet.trainers.report.timeline import read_timeline
+from dreamfleet.trainers.report.timeline_view import TimelineView, lay_out_timeline
 
 log = logging.getLogger(__name__)
 MOST_GRIDS = 16
@@ -71,6 +74,7 @@ def render(run: Storage, *, describe: Describe) -> str:
     return environment().get_template("report.html").render(
         **_head(folder),
         **_timings(folder),
+        timeline=_timeline(run),
         longest_side=LONGEST_SIDE,
         figures=_figures(folder),
         comparison=compare(folder.grids, real),
@@ -214,7 +218,7 @@ def _timings(folder: RunFolder) -> dict[str, Any]:
     keys = ("wall_seconds", "start_up_seconds", "train_seconds")
     whole, start, train = (folder.summary.get(key) for key in keys)
     if not (_is_number(whole) and _is_number(start) and _is_number(train) and whole):
-        return {"phases": []}
+        return {"phases": [], "step_seconds": None}
     phases = [
         ("start and first previews", start),
         ("training, previews and checkpoints", train),
@@ -226,6 +230,15 @@ def _timings(folder: RunFolder) -> dict[str, Any]:
         "step_seconds": statistics.median(times) if times else None,
         "wall_seconds": whole,
     }
+
+
+def _timeline(run: Storage) -> TimelineView | None:
+    try:
+        line = read_timeline(read_events(run))
+    except (TypeError, ValueError) as error:
+        log.warning("the report of %s lacks the timeline: its events cannot be read: %s", run.url, error)
+        return None
+    return lay_out_timeline(line) if line is not None and line.seconds > 0 else None
 
 
 def _artifacts(folder: RunFolder, describe: Describe) -> list[tuple[str, int, Any]]:

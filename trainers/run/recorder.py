@@ -14,8 +14,10 @@ from PIL import Image
 
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.report.events import EventLog, NoEvents
+from dreamfleet.trainers.distributed.pulse import Pulse
+from dreamfleet.trainers.report.events import EventLog, NoEvents, read_events
 from dreamfleet.trainers.report.metrics_log import MetricsLog, logged_figures
+from dreamfleet.trainers.report.timeline import read_timeline
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.provenance import provenance
 from dreamfleet.trainers.run.summary import Summary
@@ -45,6 +47,18 @@ class Recorder:
         self.scores: dict[str, float] = {}  # of the newest previews
         # What rank 0 may not have written yet, should this rank have to take over: (time, line)
         self._recent: deque[tuple[float, dict[str, Any]]] = deque(maxlen=KEPT_LINES)
+
+    def follow(self, pulse: Pulse) -> None:
+        """Write the progress of ``pulse`` as events: ``steps`` with their ``count``, and each ``evaluation``."""
+
+        def on_steps(step: int, count: int, seconds: float) -> None:
+            self.events.add("steps", step=step, seconds=seconds, count=count)
+
+        def on_phase(phase: str, step: int, seconds: float) -> None:
+            if phase == "evaluation":
+                self.events.add("evaluation", step=step, seconds=seconds)
+
+        pulse.on_steps, pulse.on_phase = on_steps, on_phase
 
     def open(self, start_step: int, *, engine_reason: str) -> None:
         """Write ``recipe.yaml`` and open ``metrics.jsonl``, and TensorBoard if ``report_to`` names it."""
@@ -117,6 +131,8 @@ class Recorder:
         summary.figures = {**logged_figures(self.run), **summary.figures, **self.scores}
         self.events.add("end", step=summary.steps, reason=summary.exit_reason)
         self.events.close()
+        if timeline := read_timeline(read_events(self.run)):
+            summary.timeline = timeline.summary()
         self.run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
         self.flush()
         if self.board is not None:

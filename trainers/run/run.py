@@ -14,7 +14,8 @@ from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
-from dreamfleet.trainers.distributed.membership import GroupBroke, Membership, is_broken_group
+from dreamfleet.trainers.distributed.membership import GroupBroke, Left, Membership, is_broken_group
+from dreamfleet.trainers.distributed.pulse import Pulse
 from dreamfleet.trainers.loop import Training, drive
 from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.models.family import load_model
@@ -38,6 +39,7 @@ def run_worker(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     waited: float = 0.0,
+    pulse: Pulse | None = None,
     membership: Membership | None = None,
     on_main: Callable[[], None] = lambda: None,
 ) -> Summary:
@@ -46,7 +48,8 @@ def run_worker(
     Every worker of the run calls it with the same recipe. ``gpu_share``: the fraction of the device's memory
     that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
     valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
-    the run. ``waited``: the seconds before this worker was started, which count as start-up.
+    the run. ``waited``: the seconds before this worker was started, which count as start-up. ``pulse``: the progress,
+    which other threads read. Raises Preempted after a checkpoint if a worker was given notice to leave.
 
     ``membership``: the workers come and go, and it opens their process groups; ``rank`` and ``world`` are then
     ignored. Without it the caller has opened the one group of ``world`` workers. ``on_main`` is called when this
@@ -57,11 +60,14 @@ def run_worker(
         return drive(
             run_steps(
                 recipe,
-                DistributedContext(rank, world, settled, gpu_share, alone=membership is not None and membership.alone),
+                DistributedContext(
+                    rank, world, settled, gpu_share, alone=membership is not None and membership.alone
+                ),
                 resume=resume,
                 should_stop=should_stop,
                 on_progress=on_progress,
                 clock=clock,
+                pulse=pulse,
                 membership=membership,
                 on_main=on_main,
             )
@@ -76,6 +82,7 @@ def run_steps(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     clock: Clock | None = None,
+    pulse: Pulse | None = None,
     load: Load = load_model,
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
     membership: Membership | None = None,
@@ -86,7 +93,7 @@ def run_steps(
     ``load`` returns the model that the run trains on; it may share parameters that the run does not train. ``settle``
     returns the recipe with its engine selected, and the reason.
     """
-    clock = clock or Clock()
+    clock, pulse = clock or Clock(), pulse or Pulse()
 
     def start() -> Session:
         return _start(
@@ -96,6 +103,7 @@ def run_steps(
             clock=clock,
             settle=settle,
             membership=membership,
+            pulse=pulse,
             load=load,
             should_stop=should_stop,
             on_progress=on_progress,
@@ -106,11 +114,15 @@ def run_steps(
         with closing(session):
             session.open()
             return session.finish((yield from session.train()))
-    return (yield from _follow(membership, distributed, start, on_main))
+    return (yield from _follow(membership, distributed, start, pulse, on_main))
 
 
 def _follow(
-    membership: Membership, distributed: DistributedContext, start: Callable[[], Session], on_main: Callable[[], None]
+    membership: Membership,
+    distributed: DistributedContext,
+    start: Callable[[], Session],
+    pulse: Pulse,
+    on_main: Callable[[], None],
 ) -> Training[Summary]:
     """Train in one generation of workers after the other until the run is complete; return its summary.
 
@@ -126,12 +138,13 @@ def _follow(
                 if session is None and membership.alone:
                     session = start()
                     yield from session.warm_up()
-                generation = membership.next_generation(
-                    done=session.done if session is not None and not distributed.alone else None,
-                    broken=broke_at is not None,
-                )
-                distributed.regroup(membership.rank, len(generation.members))
-                membership.seal_group()
+                with pulse.during("regroup"):
+                    generation = membership.next_generation(
+                        done=session.done if session is not None and not distributed.alone else None,
+                        broken=broke_at is not None,
+                    )
+                    distributed.regroup(membership.rank, len(generation.members))
+                    membership.seal_group()
                 if distributed.is_main and not was_main:
                     was_main = True
                     on_main()
@@ -147,6 +160,10 @@ def _follow(
                 outcome = yield from session.train()
                 if outcome.exit_reason != "regroup":
                     return session.finish(outcome)
+            except Left:
+                if session is not None:
+                    session.leave()
+                raise
             except Exception as error:
                 if not is_broken_group(error):
                     raise
@@ -189,7 +206,7 @@ def _start(
         events=events,
         clock=clock,
         engine_reason=engine_reason,
-        should_regroup=membership.wants_regroup if membership is not None else lambda: False,
+        membership=membership,
         **options,
     )
 

@@ -11,6 +11,8 @@ from typing import Any
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.distributed.membership import Membership
+from dreamfleet.trainers.distributed.pulse import Preempted, Pulse
 from dreamfleet.trainers.distributed.roster import Generation
 from dreamfleet.trainers.distributed.tensor_tree import broadcast_tree
 from dreamfleet.trainers.loop import Hooks, Outcome, Progress, Training, train
@@ -48,13 +50,15 @@ class Session:
         events: EventLog,
         clock: Clock,
         engine_reason: str,
+        pulse: Pulse,
         should_stop: Callable[[], bool] = lambda: False,
-        should_regroup: Callable[[], bool] = lambda: False,
+        membership: Membership | None = None,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
         load: Load = load_model,
     ):
         self.recipe, self.distributed, self.clock = recipe, distributed, clock
-        self.engine_reason = engine_reason
+        self.engine_reason, self.pulse, self.membership = engine_reason, pulse, membership
+        self.should_stop = should_stop
         begins = found is None and not distributed.alone
         self.parts = parts = assemble(recipe, distributed, begins=begins, load=load)
         with ExitStack() as undo:
@@ -62,6 +66,7 @@ class Session:
             self.recorder = Recorder(
                 parts, Storage(recipe.output_dir), on_progress=on_progress, events=events
             )
+            self.recorder.follow(pulse)
             # some metrics compare with the untuned model
             self.evaluation = Evaluation(parts, self.recorder)
             start_step = _restore(found, parts) if found else 0
@@ -69,7 +74,7 @@ class Session:
             self.checkpointing = Checkpointing(
                 parts, checkpoints, clock, start_step=start_step, after_save=self.recorder.flush
             )
-            self.hooks = self._make_hooks(should_stop, should_regroup)
+            self.hooks = self._make_hooks()
             self.progress = Progress(parts.engine, parts.schedule, start_step, self.hooks)
             self._release = undo.pop_all()
 
@@ -120,6 +125,7 @@ class Session:
                 )
             )
         finally:
+            self.pulse.report()
             self.recorder.flush()  # also after an error, so that a failed run keeps its metrics
 
     def warm_up(self) -> Training[None]:
@@ -172,6 +178,8 @@ class Session:
     def finish(self, outcome: Outcome) -> Summary:
         """Export the artifacts of a completed run with ``train.export``; write the summary and the report."""
         parts, distributed, recorder = self.parts, self.distributed, self.recorder
+        if outcome.exit_reason == "interrupted":
+            self._leave_if_preempted(outcome.step)
         summary = summarise(parts, outcome, self.checkpointing, self.engine_reason)
 
         def export() -> list[str]:
@@ -184,9 +192,7 @@ class Session:
             )
 
         def close() -> None:
-            summary.wall_seconds = (
-                summary.start_up_seconds + summary.train_seconds + self.clock.since_lap()
-            )
+            summary.wall_seconds = summary.start_up_seconds + summary.train_seconds + self.clock.since_lap()
             recorder.close(summary)
 
         if summary.exit_reason == "completed" and parts.recipe.train.export:
@@ -196,7 +202,11 @@ class Session:
         distributed.wait()
         return summary
 
-    def _make_hooks(self, should_stop: Callable[[], bool], should_regroup: Callable[[], bool]) -> Hooks:
+    def leave(self) -> None:
+        """Leave the run, which other workers continue."""
+        self.recorder.flush()
+
+    def _make_hooks(self) -> Hooks:
         recorder, checkpointing, evaluation = self.recorder, self.checkpointing, self.evaluation
 
         def validate(step: int) -> dict[str, float]:
@@ -213,10 +223,36 @@ class Session:
             save=checkpointing.save,
             sample=sample,
             validate=validate,
-            should_stop=should_stop,
-            should_regroup=should_regroup,
+            should_stop=lambda: self.should_stop() or (self.pulse.notice is not None and not self._can_leave),
+            should_regroup=self._wants_regroup,
+            should_save=lambda: self.pulse.notice is not None,
             saved=lambda: checkpointing.saved,
+            pulse=self.pulse,
         )
+
+    @property
+    def _can_leave(self) -> bool:
+        """Whether other workers would continue without this one."""
+        return self.membership is not None and self.distributed.world > 1 and self.parts.engine.regroups
+
+    def _wants_regroup(self) -> bool:
+        """Return whether a worker waits to join or to leave; ask to leave if this one was given notice."""
+        if self.membership is None:
+            return False
+        if self.pulse.notice is not None and self._can_leave:
+            self.membership.leave(self.pulse.notice.reason)
+        return self.membership.wants_regroup()
+
+    def _leave_if_preempted(self, step: int) -> None:
+        """Raise Preempted on every rank if one was given notice and the user has not asked to stop the run."""
+        reason = self.pulse.notice.reason if self.pulse.notice else None
+        answers = self.distributed.gather((self.should_stop(), reason))
+        noticed = [(rank, reason) for rank, (_, reason) in enumerate(answers) if reason]
+        if noticed and not any(asked for asked, _ in answers):
+            rank, reason = noticed[0]
+            self.recorder.events.add("preemption", step=step, rank=rank, cause=reason)
+            self.recorder.events.close()
+            raise Preempted(f"rank {rank} was given notice ({reason}): checkpoint of step {step} saved")
 
     def _share_state(self, generation: Generation) -> None:
         """Send the state of the generation's source to every member."""
@@ -231,9 +267,7 @@ class Session:
             "start_step": self.checkpointing.start_step,
             "seconds": self.clock.lap(),
         }
-        tree = broadcast_tree(
-            tree if holds else None, source=generation.source, distributed=self.distributed
-        )
+        tree = broadcast_tree(tree if holds else None, source=generation.source, distributed=self.distributed)
         if not holds and steps != generation.done:
             engine.load_weights(tree["weights"])
             engine.load_state(tree["engine"])

@@ -40,6 +40,7 @@ class Summary:
     base_model_hash: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     engine: str = ""
+    timeline: dict[str, Any] = field(default_factory=dict)  # Timeline.summary; empty for runs without events
 
 
 def summarise(parts: Parts, outcome: Outcome, checkpointing: Checkpointing, engine_reason: str) -> Summary:

@@ -192,7 +192,9 @@ class ActorWorker:
             try:
                 found = ray.get(waiting)
             except RayError as error:
-                self.events.put((self, Died(_reason(error))))
+                self.events.put(
+                    (self, Died(_reason(error), preempted=bool(getattr(error, "preempted", False))))
+                )
                 return
             for event in found:
                 self.ready = True

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dreamfleet.datasets.errors import RunFailed
+from dreamfleet.trainers.driver.failures import FailureBudget
 from dreamfleet.trainers.packing.task import End, Task, TaskSource
-from dreamfleet.tune.pool.retry import after_death
+from dreamfleet.tune.pool.retry import After, after_death
 from dreamfleet.tune.pool.worker import Died, Ended, Event, Ready, Round, Started, Worker
 
 SECONDS_BETWEEN_QUESTIONS = 0.2  # the source is asked again, and signals are seen, at least this often
@@ -27,6 +28,7 @@ class Job:
     """A task that was given out, and what the driver knows of it."""
 
     task: Task
+    budget: FailureBudget
     deaths: int = 0
     alone: bool = False
     started: bool = False
@@ -55,8 +57,9 @@ class Seat:
 class Dispatcher:
     """Runs the tasks of ``source`` on ``num_workers`` workers made by ``make_worker``, ``slots`` tasks on each.
 
-    ``events`` is the queue into which the workers put their events. ``max_failures``: restarts of a task whose worker
-    died. All calls of the source come from the thread that calls :meth:`run`.
+    ``events`` is the queue into which the workers put their events. ``max_failures``: deaths of its worker that a task
+    survives between two checkpoints; ``newest_checkpoint`` returns the step of a task's newest one. All calls of the
+    source come from the thread that calls :meth:`run`.
     """
 
     def __init__(
@@ -69,11 +72,12 @@ class Dispatcher:
         slots: int = 1,
         max_concurrent: int | None = None,
         max_failures: int = 3,
+        newest_checkpoint: Callable[[Task], int | None] = lambda task: None,
     ):
         self.source, self.make_worker, self.events = source, make_worker, events
         self.num_workers, self.slots = num_workers, slots
         self.max_concurrent = max_concurrent or num_workers * slots
-        self.max_failures = max_failures
+        self.max_failures, self.newest_checkpoint = max_failures, newest_checkpoint
         self.seats: list[Seat] = []
         self.waiting: list[Job] = []  # to be started again
         self.held: Task | None = None  # from the source, without a free slot yet
@@ -137,12 +141,15 @@ class Dispatcher:
             if seat := self._seat_for(job):
                 self.waiting.remove(job)
                 return seat, job
-        if self.held is None and self._seat_for(Job(_ANY)) is not None:
+        if self.held is None and self._seat_for(self._job(_ANY)) is not None:
             self.held = self.source.next_task()
-        if self.held is None or (seat := self._seat_for(Job(self.held))) is None:
+        if self.held is None or (seat := self._seat_for(self._job(self.held))) is None:
             return None
-        job, self.held = Job(self.held), None
+        job, self.held = self._job(self.held), None
         return seat, job
+
+    def _job(self, task: Task) -> Job:
+        return Job(task, FailureBudget(self.max_failures))
 
     def _seat_for(self, job: Job) -> Seat | None:
         """Return the worker with the fewest tasks that accepts the job; one is kept free for a job that runs alone."""
@@ -178,10 +185,10 @@ class Dispatcher:
             case Ended(name, end, reusable):
                 seat.retired = seat.retired or not reusable
                 self._end(seat.jobs.pop(name), end)
-            case Died(reason):
+            case Died(reason, preempted):
                 self.seats.remove(seat)
                 seat.worker.close()
-                self._bury(seat, reason)
+                self._bury(seat, reason, preempted)
 
     def _end(self, job: Job, end: End) -> None:
         if job.asked:
@@ -213,9 +220,9 @@ class Dispatcher:
                     job.asked, job.stopped = False, decision
                     seat.worker.answer(name, decision)
 
-    def _bury(self, seat: Seat, reason: str) -> None:
+    def _bury(self, seat: Seat, reason: str, preempted: bool) -> None:
         """Give the tasks of a dead worker out again, or end them."""
-        if not seat.ready:
+        if not seat.ready and not preempted:
             self.failed_starts += 1
             if self.failed_starts > FAILED_STARTS:
                 raise RunFailed(f"{self.failed_starts} workers could not be started, the last one: {reason}")
@@ -224,16 +231,19 @@ class Dispatcher:
                 while job.rounds:
                     self._pass_on(job)
                 job.stopped, job.asked = bool(self.source.decision(job.task)), False
-            job.deaths += job.started
             if self.stopping:
                 self._end(job, End("interrupted"))
                 continue
-            then = after_death(job.deaths, self.max_failures)
+            then: After = "again"
+            if job.started:
+                job.deaths += not preempted
+                saved = self.newest_checkpoint(job.task)
+                then = after_death(job.budget, job.deaths, saved=saved, preempted=preempted)
             if then == "failed":
                 self._end(job, End("failed", error=f"its process died: {reason}", kind="RunFailed"))
                 continue
             log.warning("%s: its process died (%s); it is started again", job.task.name, reason)
-            job.alone, job.started = then == "alone" and job.deaths > 0, False
+            job.alone, job.started = then == "alone", False
             self.waiting.append(job)
 
     def _stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from functools import partial
 from typing import Literal
 
 from dreamfleet.datasets.environment import variables_to_send
+from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.packing import find_unpackable
 from dreamfleet.trainers.config.scaling import worker_resources
@@ -16,13 +18,16 @@ from dreamfleet.trainers.driver.preflight import this_machine
 from dreamfleet.trainers.driver.progress import watch_for_stop
 from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
 from dreamfleet.trainers.driver.shared_paths import PathsByKey, check_machines, shared_paths, written_paths
-from dreamfleet.trainers.packing.task import TaskSource
+from dreamfleet.trainers.packing.task import Task, TaskSource
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.signals import Stop
 from dreamfleet.tune.pool.dispatch import Dispatcher, Events
 from dreamfleet.tune.pool.room import Demand, Room, limit_slots, plan_room
 from dreamfleet.tune.pool.slots import fit_slots
 from dreamfleet.tune.pool.worker import Worker
+
+log = logging.getLogger(__name__)
 
 
 def run_pool(
@@ -56,7 +61,8 @@ def run_pool(
     lines for the user, ``on_room`` the size of the pool.
 
     All calls of the source come from this thread, and every task that it gives out gets exactly one ``on_end``. A task
-    whose process died is started again and continues from its newest checkpoint, up to ``scaling.max_failures`` times.
+    whose process died is started again and continues from its newest checkpoint, unless it died more than
+    ``scaling.max_failures`` times since then.
     A signal, the stop file and ``should_stop`` make the running tasks save a checkpoint and end as interrupted.
 
     Raises ResourceError if a task fits on no machine, StorageError if machines do not share the folders, RunFailed if
@@ -155,7 +161,17 @@ def _dispatcher(
         slots=room.slots,
         max_concurrent=demand.max_concurrent,
         max_failures=recipe.scaling.max_failures,
+        newest_checkpoint=_newest_checkpoint,
     )
+
+
+def _newest_checkpoint(task: Task) -> int | None:
+    """Return the step of the newest checkpoint of a task's run; None without one, or if that is not known."""
+    try:
+        return max(Checkpoints(Storage(task.recipe["output_dir"])).steps(), default=None)
+    except UserError as error:
+        log.warning("the checkpoints of %s are not known: %s", task.name, error)
+        return None
 
 
 def _worker_maker(

@@ -61,9 +61,10 @@ class Ended:
 
 @dataclass(frozen=True)
 class Died:
-    """The worker's process died."""
+    """The worker's process died. ``preempted``: its machine was taken away, which is no failure of its tasks."""
 
     reason: str
+    preempted: bool = False
 
 
 Event = Ready | Started | Round | Ended | Died

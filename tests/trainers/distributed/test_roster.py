@@ -9,7 +9,11 @@ from dreamfleet.trainers.distributed.roster import NO_STATE, Generation, Member,
 
 def joined(roster: Roster, *ranks: int, now: float = 0.0) -> list[dict[str, Any]]:
     return [
-        roster.join(Member(str(rank), rank, f"host-{rank}", 7000 + rank), now=now + rank / 100)[0][1]
+        roster.join(
+            Member(str(rank), rank, f"host-{rank}", 7000 + rank),
+            expected=roster.expected,
+            now=now + rank / 100,
+        )[0][1]
         for rank in ranks
     ]
 
@@ -49,7 +53,11 @@ def test_a_start_with_fewer_waits_for_the_patience() -> None:
 def test_survivors_are_aborted_and_continue_with_the_newest_state() -> None:
     roster = started(3)
     told = roster.remove("0", "its process ended", now=2)
-    assert [(name, message["kind"]) for name, message in told] == [("0", "lost"), ("1", "abort"), ("2", "abort")]
+    assert [(name, message["kind"]) for name, message in told] == [
+        ("0", "lost"),
+        ("1", "abort"),
+        ("2", "abort"),
+    ]
     roster.ready("1", done=4, broken=True, now=2)
     assert roster.current is not None and roster.current.number == 1
     roster.ready("2", done=5, broken=True, now=2)

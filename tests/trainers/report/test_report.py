@@ -216,3 +216,32 @@ def test_every_artifact_has_a_usage_text(method: str, name: str, words: str) -> 
     recipe = {"method": {"name": method, "placeholder_token": "<cat>"}}
     hint = describe(name, run_name="my-cat", recipe=recipe)
     assert hint.what and words in " ".join(use.text for use in hint.uses)
+
+
+def test_the_timeline_shows_effective_training_time_and_what_failed(run: Storage) -> None:
+    assert "effective training time" not in read(render(run)).text, "a run without events has no timeline"
+    lines = [
+        {"kind": "start", "at": "2026-01-01T00:00:10+00:00", "step": 0, "seconds": 10.0},
+        {"kind": "ready", "at": "2026-01-01T00:00:20+00:00", "step": 0},
+        {"kind": "steps", "at": "2026-01-01T00:01:20+00:00", "step": 60, "count": 60, "seconds": 60.0},
+        {
+            "kind": "failure",
+            "at": "2026-01-01T00:01:25+00:00",
+            "step": 64,
+            "cause": "hung",
+            "rank": 1,
+            "node": "<b>",
+        },
+        {"kind": "start", "at": "2026-01-01T00:01:30+00:00", "step": 60, "seconds": 10.0},
+        {"kind": "ready", "at": "2026-01-01T00:01:40+00:00", "step": 60},
+        {"kind": "end", "at": "2026-01-01T00:01:40+00:00", "step": 60},
+    ]
+    run.write_text("events/controller.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    page = read(render(run))
+    words = " ".join(page.text.split())
+    assert "60 % effective training time" in words
+    assert "worker hungworker 1 on <b>1 min 25 s64420 s" in words
+    assert "Steps over time" in words
+    assert any("band" in (attributes.get("class") or "") for tag, attributes in page.tags if tag == "path")
+    run.write_text("events/controller.jsonl", json.dumps({**lines[0], "step": "none"}) + "\n")
+    assert "effective training time" not in read(render(run)).text

@@ -25,9 +25,7 @@ DONE = {"steps": 6, "reason": "completed"}
 
 def make_tree(folder: Path, run: str, workers: int) -> dict[str, Any]:
     validation = {"holdout": str(folder / "holdout"), "steps": 3, "holdout_timesteps": 2}
-    return recipe_tree(
-        folder, run, **CHANGES, scaling={"num_workers": workers}, validation=validation
-    )
+    return recipe_tree(folder, run, **CHANGES, scaling={"num_workers": workers}, validation=validation)
 
 
 @pytest.fixture(scope="module")

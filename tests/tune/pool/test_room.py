@@ -8,6 +8,7 @@ import pytest
 
 from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.config.scaling import ScalingConfig
+from dreamfleet.trainers.driver.failures import FailureBudget
 from dreamfleet.tune.pool.retry import after_death
 from dreamfleet.tune.pool.room import Demand, groups_that_fit, plan_room
 
@@ -98,4 +99,12 @@ def test_groups_follow_the_placement_strategy() -> None:
 def test_a_task_whose_process_died_gets_a_limited_number_of_restarts(
     max_failures: int, fates: list[str]
 ) -> None:
-    assert [after_death(deaths + 1, max_failures) for deaths in range(len(fates))] == fates
+    budget = FailureBudget(max_failures)
+    assert [after_death(budget, deaths + 1) for deaths in range(len(fates))] == fates
+
+
+def test_new_checkpoints_and_preemptions_leave_a_task_its_restarts() -> None:
+    budget = FailureBudget(1)
+    assert [after_death(budget, deaths, saved=10 * deaths) for deaths in (1, 2, 3)] == ["alone"] * 3
+    assert after_death(budget, 3, saved=30, preempted=True) == "again"
+    assert after_death(budget, 4, saved=30) == "failed"
