@@ -47,7 +47,7 @@ class GroupBroke(RuntimeError):
 
 
 def is_broken_group(error: BaseException) -> bool:
-    """Return whether an error came from a collective operation whose peers are gone, not from this worker's own work."""
+    """Return whether an error came from an operation whose peers are gone, not from this worker's own work."""
     if isinstance(error, dist.DistError):  # NCCL's errors, and those of the store
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _BROKEN)
@@ -56,8 +56,9 @@ def is_broken_group(error: BaseException) -> bool:
 class Membership:
     """A worker's connection to the :class:`~dreamfleet.trainers.distributed.coordinator.Coordinator` of its run.
 
-    ``rank`` is the worker's number at the launcher, ``expected`` the number of workers that it started, ``host`` the address at which the other workers reach this one.
-    ``alone`` tells whether a generation is training already: this worker then builds its parts by itself and joins.
+    ``rank`` is the worker's number at the launcher, ``expected`` the number of workers that it started, ``host`` the
+    address at which the other workers reach this one. ``alone`` tells whether a generation is training already: this
+    worker then builds its parts by itself and joins.
     """
 
     def __init__(

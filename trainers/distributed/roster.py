@@ -16,7 +16,7 @@ NO_STATE = -1  # the finished steps of a member that holds no training state
 
 @dataclass
 class Member:
-    """One worker as the coordinator knows it. ``rank``: its number at the launcher, which is not its rank in a group."""
+    """One worker as the coordinator knows it. ``rank``: its number at the launcher, not its rank in a group."""
 
     name: str
     rank: int
@@ -32,9 +32,10 @@ class Member:
 class Generation:
     """One process group: its members in order of rank, the rank that holds the newest state, and why it was formed.
 
-    ``source`` is None if no member holds a state: the run then starts from its newest checkpoint. ``done``: the finished
-    steps of the newest state; ``stale``: some members hold an older one or none. ``broke``: the generation before did not
-    end at a step boundary. ``lost``: its members that died or were cut off; ``left``: those that left by agreement.
+    ``source`` is None if no member holds a state: the run then starts from its newest checkpoint. ``done``: the
+    finished steps of the newest state; ``stale``: some members hold an older one or none. ``broke``: the generation
+    before did not end at a step boundary. ``lost``: its members that died or were cut off; ``left``: those that left
+    by agreement.
     """
 
     number: int
