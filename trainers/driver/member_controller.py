@@ -42,7 +42,8 @@ class MemberController(TrainController):
     worker_group_cls = MemberGroup
 
     def __init__(self, *, coordinator: tuple[tuple[str, int], bytes], most: int, **kwargs: Any):
-        self._coordinator, self._most = coordinator, most
+        self._coordinator = coordinator
+        self._most = most
         self._view: dict[str, Any] = {"members": {}, "lost": {}}
         self._handled: set[str] = set()  # lost members whose worker has been ended
         self._observer: Observer | None = None
