@@ -68,19 +68,21 @@ def read_stacks(process: Process, kill: bool) -> str:
 
 
 def _ask_for_stacks(process: Process) -> str:
-    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    if state in "Tt":
-        return f"no stacks: process {process.pid} is stopped (SIGSTOP or a debugger) and does not answer"
     file = Path(process.stacks)
-    before, size = file.stat().st_size, -1
+    before, size, end = file.stat().st_size, -1, time.monotonic() + STACK_SECONDS
     os.kill(process.pid, STACK_SIGNAL)
-    end = time.monotonic() + STACK_SECONDS
-    while time.monotonic() < end:
+    while (state := _state(process.pid)) not in "Tt" and time.monotonic() < end:
         time.sleep(0.1)
         last, size = size, file.stat().st_size
         if before < size == last:
             return file.read_text(errors="replace")[before:]
-    return f"no stacks: process {process.pid} (state {state}) did not answer within {STACK_SECONDS:.0f} s"
+    why = "is stopped (SIGSTOP or a debugger) and does" if state in "Tt" else f"(state {state}) did"
+    return f"no stacks: process {process.pid} {why} not answer"
+
+
+def _state(pid: int) -> str:
+    """Return the letter of a process's state in Linux: R runs, S sleeps, D waits for a disk, T is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def _on_sigterm(number: int, frame: Any, before: Any) -> None:
@@ -89,6 +91,9 @@ def _on_sigterm(number: int, frame: Any, before: Any) -> None:
     if now is None or now.notice is not None:
         if callable(before):
             before(number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         return
     give_notice("SIGTERM", GRACE_SECONDS)
     timer = threading.Timer(GRACE_SECONDS, os._exit, (128 + number,))

@@ -233,6 +233,6 @@ def _time(event: Event) -> float | None:
         return None
 
 
-def _thinned(rows: Sequence[Any]) -> list[Any]:
+def _thinned(rows: Sequence[Sequence[float]]) -> list[list[float]]:
     every = -(-len(rows) // MOST_POINTS) or 1
-    return [*rows[:-1:every], *rows[-1:]]
+    return [list(row) for row in (*rows[:-1:every], *rows[-1:])]
