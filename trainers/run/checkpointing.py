@@ -81,10 +81,18 @@ class Checkpointing:
         self.save(step)
         distributed.on_rank_0(lambda: self._release(before, newest=step))
 
-    def regroup(self) -> None:
-        """Agree on the newest checkpoint with the ranks of a new process group, after workers were lost or joined."""
-        steps = self.parts.distributed.on_rank_0(self.checkpoints.steps)
-        self.saved = steps[-1] if steps else None
+    def regroup(self, *, took_over: bool = False) -> None:
+        """Agree on the newest checkpoint with the ranks of a new process group, after workers were lost or joined.
+
+        ``took_over``: this rank writes from now on, and cannot know which saves the one before completed.
+        """
+
+        def newest() -> int | None:
+            stored = max(self.checkpoints.steps(), default=None)
+            known = None if took_over else self.saved
+            return max((step for step in (stored, known) if step is not None), default=None)
+
+        self.saved = self.parts.distributed.on_rank_0(newest)
 
     @property
     def best(self) -> str | None:

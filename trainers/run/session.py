@@ -146,9 +146,10 @@ class Session:
         parts.engine.regroup(distributed.rank, distributed.world)
         if generation.stale:
             self._share_state(generation)
-        if distributed.is_main and not self.recorder.is_open:
-            self._take_over(generation)
-        self.checkpointing.regroup()
+        takes_over = distributed.is_main and not self.recorder.is_open
+        if takes_over:
+            self._take_over()
+        self.checkpointing.regroup(took_over=takes_over)
         self.evaluation.regroup()
         seconds = time.monotonic() - began
         if distributed.is_main:
@@ -277,7 +278,7 @@ class Session:
             self.clock.adopt(tree["seconds"])
         self.progress.done = generation.done
 
-    def _take_over(self, generation: Generation) -> None:
+    def _take_over(self) -> None:
         """Become the rank that writes the run folder, after the one before was lost or left."""
         self.recorder.events = open_rank_events(self.recorder.run, 0)
         self.recorder.take_over()
