@@ -58,9 +58,10 @@ class Generation:
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Generation:
         """Return the generation that :meth:`to_dict` described."""
-        return cls(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
-        )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()
+        }
+        return cls(**values)
 
 
 @dataclass

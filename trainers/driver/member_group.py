@@ -53,6 +53,8 @@ class Vacancy:
 class MemberGroup(WorkerGroup):
     """Workers by number; :meth:`vacate` a number, :meth:`add_places`, and call :meth:`fill` at every poll."""
 
+    _worker_group_state: Any
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.vacancies: dict[int, Vacancy] = {}
