@@ -11,7 +11,6 @@ import torch
 
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.engine import EngineConfig
-from dreamfleet.trainers.distributed.agreement import compare
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
 from dreamfleet.trainers.distributed.membership import GroupBroke, Left, Membership, is_broken_group
@@ -22,7 +21,8 @@ from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.events import open_rank_events
 from dreamfleet.trainers.run.build import Load
-from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
+from dreamfleet.trainers.run.checkpoint import Checkpoints
+from dreamfleet.trainers.run.restore import newest_checkpoint
 from dreamfleet.trainers.run.session import Session
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary
@@ -209,26 +209,3 @@ def _start(
         membership=membership,
         **options,
     )
-
-
-def newest_checkpoint(checkpoints: Checkpoints, distributed: DistributedContext) -> Checkpoint | None:
-    """Read on every rank the newest checkpoint that is valid on rank 0; return None if there is none.
-
-    Raises CheckpointError on every rank if a rank cannot read it, StorageError if a rank reads different
-    content.
-    """
-    kept: list[Checkpoint | None] = []
-
-    def find() -> int | None:
-        kept.append(checkpoints.load_to_continue())
-        return kept[0].step if kept[0] is not None else None
-
-    step = distributed.on_rank_0(find)
-    if step is None:
-        return None
-    found = distributed.on_every_rank(lambda: kept[0] if kept else checkpoints.load(step))
-    compare(
-        {f"the checkpoint of step {step}": distributed.on_every_rank(lambda: checkpoints.digest(step))},
-        distributed,
-    )
-    return found

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Any
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.membership import Membership
@@ -20,13 +19,13 @@ from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.events import EventLog, open_rank_events
 from dreamfleet.trainers.report.metrics_log import read_metrics
-from dreamfleet.trainers.run.build import Load, Parts, assemble
+from dreamfleet.trainers.run.build import Load, assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
 from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.export import export_artifacts
-from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.run.restore import restore
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary, summarise
 
@@ -69,7 +68,7 @@ class Session:
             self.recorder.follow(pulse)
             # some metrics compare with the untuned model
             self.evaluation = Evaluation(parts, self.recorder)
-            start_step = _restore(found, parts) if found else 0
+            start_step = restore(found, parts) if found else 0
             clock.resume(found.meta.get("seconds", {}) if found else {})
             self.checkpointing = Checkpointing(
                 parts, checkpoints, clock, start_step=start_step, after_save=self.recorder.flush
@@ -320,34 +319,3 @@ class Session:
             hooks.log({"step": done, **figures})
         if not is_drawn and self.recipe.validation.prompts:
             hooks.sample(done)
-
-
-def _restore(found: Checkpoint, parts: Parts) -> int:
-    """Load a checkpoint into a run's parts; return its step.
-
-    Raises CheckpointError if the checkpoint is of another method or does not fit the recipe. Logs a warning
-    if dataset, base model, global batch or seed changed.
-    """
-    recipe, is_main = parts.recipe, parts.distributed.is_main
-    name = found.meta.get("method")
-    if name != recipe.method.name:
-        raise CheckpointError(
-            f"the checkpoint of step {found.step} is of {name}, this recipe is for {recipe.method.name}"
-        )
-    try:
-        parts.engine.load_weights(found.learned)
-        parts.engine.load_state(found.engine)
-        parts.method.steps_before = found.meta.get("steps_before", 0)
-    except RecipeError as error:
-        raise CheckpointError(f"the checkpoint of step {found.step} does not fit: {error}") from error
-    now = run_identity(parts)
-    changed = [key for key, value in now.items() if found.meta.get(key, value) != value]
-    if changed and is_main:
-        log.warning(
-            "continuing from step %d although %s changed: the run continues, but not as if it had never stopped",
-            found.step,
-            ", ".join(changed),
-        )
-    if is_main:
-        log.info("continuing from step %d", found.step)
-    return found.step
