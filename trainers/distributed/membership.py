@@ -280,7 +280,7 @@ class Observer:
 def connect(address: tuple[str, int], key: bytes) -> Connection:
     """Connect to a coordinator. Raises CutOff if it cannot be reached or has another key."""
     try:
-        connection = Client(tuple(address))
+        connection = Client((address[0], address[1]))
         answer_challenge(connection, key)
         deliver_challenge(connection, key)
     except (OSError, EOFError, AuthenticationError) as error:
@@ -293,5 +293,5 @@ def connect(address: tuple[str, int], key: bytes) -> Connection:
 def own_address(peer: tuple[str, int]) -> str:
     """Return the address of this machine from which it reaches ``peer``."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(tuple(peer))
+        probe.connect((peer[0], peer[1]))
         return str(probe.getsockname()[0])

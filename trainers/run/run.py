@@ -140,7 +140,7 @@ def _follow(
                     yield from session.warm_up()
                 with pulse.during("regroup"):
                     generation = membership.next_generation(
-                        done=session.done if session is not None and not distributed.alone else None,
+                        done=session.progress.done if session is not None and not distributed.alone else None,
                         broken=broke_at is not None,
                     )
                     distributed.regroup(membership.rank, len(generation.members))
@@ -150,7 +150,8 @@ def _follow(
                     on_main()
                 if generation.source is None:
                     if session is not None:
-                        session, _ = None, session.close()
+                        session.close()
+                        session = None
                     session = start()
                     session.open()
                 else:

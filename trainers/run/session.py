@@ -80,6 +80,7 @@ class Session:
     @property
     def done(self) -> int:
         """The number of finished optimizer steps of the state that this rank holds."""
+        assert self.progress.done is not None
         return self.progress.done
 
     def close(self) -> None:
@@ -130,8 +131,8 @@ class Session:
     def warm_up(self) -> Training[None]:
         """Run one forward and backward pass whose result is dropped, before the other workers wait for this one."""
         parts = self.parts
-        with closing(parts.feed.stream(0, 1)) as batches:
-            yield from self.progress.warm_up(next(batches), parts.prepare, seed=parts.recipe.train.seed)
+        batch = next(parts.feed.stream(0, 1))
+        yield from self.progress.warm_up(batch, parts.prepare, seed=parts.recipe.train.seed)
 
     def join(self, generation: Generation, *, broke_at: float | None) -> None:
         """Continue with the workers of a new generation, whose process group is open.
