@@ -28,7 +28,9 @@ from lab.machine import VENV, Machine
 from lab.trial import Trial
 
 from dreamfleet.trainers.scale.cluster import Cluster, parse_cluster
-from dreamfleet.trainers.scale.communication import Sizes, ddp_traffic, step_time
+from dreamfleet.trainers.scale.communication import Sizes, exchange_traffic, step_time
+from dreamfleet.trainers.scale.plan import estimate_costs
+from dreamfleet.trainers.scale.recovery import best_interval, effective_share
 
 # What two machines run to measure the way between them: seconds of a round trip, then bytes per second.
 ECHO = """
@@ -57,8 +59,8 @@ print(trip, int(sys.argv[2]) / (time.perf_counter() - began))
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
-# SD 1.5: parameters of the U-Net, and operations of an image at 512 px (results/gpu.json)
-UNET, OPERATIONS = 859_520_964, 2.47e12
+# SD 1.5: parameters of the U-Net, bytes of the model in float32, operations of an image at 512 px (results/gpu.json)
+UNET, MODEL, OPERATIONS = 859_520_964, 4_264_000_000, 2.47e12
 LINKS = ("10Gb", "100Gb", "200Gb", "400Gb", "3200Gb")
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 
@@ -70,8 +72,27 @@ def example_table() -> str:
     for images, link in itertools.product((1, 16), LINKS):
         sizes = Sizes(UNET, flops=OPERATIONS * images, images=images)
         clusters = [parse_cluster(f"{gpus}xH100@{link}") for gpus in SIZES]
-        shares = [step_time(sizes, ddp_traffic(sizes, each.gpus), each).efficiency for each in clusters]
+        shares = [step_time(sizes, exchange_traffic(sizes, each.gpus), each).efficiency for each in clusters]
         rows.append([f"{images}, {link}", *(f"{share:.0%}" for share in shares)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def failure_table() -> str:
+    """Return the effective training time of SD 1.5 by failures of a node, for survivors that continue or restart."""
+    lines = ["a node fails every", *(f"{gpus} GPUs" for gpus in SIZES)]
+    rows = [lines, ["---"] * len(lines)]
+    for interval in ("6h", "1d", "10d", "150d"):
+        cells = []
+        for gpus in SIZES:
+            cluster = parse_cluster(f"{gpus}xH100@400Gb,mtbf={interval}")
+            costs = estimate_costs(cluster, state=12 * UNET, model=MODEL)
+            often = best_interval(costs, cluster.failure_interval)
+            shares = [
+                effective_share(often, costs, cluster.failure_interval, regroups=regroups)
+                for regroups in (cluster.nodes > 1, False)
+            ]
+            cells.append(" / ".join(f"{share:.2%}" if share > 0.995 else f"{share:.1%}" for share in shares))
+        rows.append([interval, *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -96,10 +117,11 @@ def comparison_table() -> str:
 def write_page() -> None:
     """Write the tables into docs/scale.md."""
     text = PAGE.read_text()
-    for name, table in (("examples", example_table()), ("compared", comparison_table())):
+    tables = {"examples": example_table, "failures": failure_table, "compared": comparison_table}
+    for name, make_table in tables.items():
         mark = f"<!-- {name}: benchmarks/scale.py -->\n"
         before, _, rest = text.partition(mark)
-        text = before + mark + table + rest[rest.index("<!-- end -->") :]
+        text = before + mark + make_table() + rest[rest.index("<!-- end -->") :]
     PAGE.write_text(text)
 
 
@@ -187,7 +209,7 @@ def main() -> None:
                     workers, per_node=1, link=rate, bus=rate, latency=latency, overlap=0.0,
                     step=alone * max(1.0, workers / cores),
                 )  # fmt: skip
-                predicted = step_time(sizes, ddp_traffic(sizes, workers), cluster)
+                predicted = step_time(sizes, exchange_traffic(sizes, workers), cluster)
                 measured, _ = measure_steps(lab, workers, asked.steps)
                 rows.append(
                     {

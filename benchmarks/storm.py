@@ -218,8 +218,12 @@ def read_run(lab: Laboratory, url: str) -> dict[str, Any]:
     causes = Counter(
         f"{e['kind']}: {e.get('cause', '')}" for e in events if e["kind"] in ("failure", "regroup", "hang")
     )
-    summary = lab.ask("summary", url)
-    return {"restarts": dict(causes), "effective_training_time": summary.get("effective_training_time")}
+    timeline = lab.ask("summary", url).get("timeline", {})
+    return {
+        "restarts": dict(causes),
+        "effective_training_time": timeline.get("effective_training_time"),
+        "seconds_by_part": timeline.get("seconds"),
+    }
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def cluster_lines(plan: ClusterPlan) -> list[str]:
     recovery_note = (
         f"A checkpoint of {format_size(plan.checkpoint_bytes)} stops training for {_seconds(costs.save)} and is "
         f"complete {_seconds(costs.background)} later. A node fails every {_seconds(cluster.mtbf)}, any of\nthem "
-        f"every {_seconds(cluster.failure_interval)}: DDP continues {_seconds(costs.regroup)} later and repeats no "
+        f"every {_seconds(cluster.failure_interval)}: torch continues {_seconds(costs.regroup)} later and repeats no "
         f"step, ZeRO {_seconds(costs.restart)} later from its last checkpoint. Effective:\nseconds of steps that "
         "counted over seconds of the run. docs/scale.md has the model."
     )

@@ -94,6 +94,21 @@ class Cluster:
         return 2 * min(self.circle, tree)
 
     @property
+    def all_to_all_wait(self) -> float:
+        """Seconds of a small all-to-all: one message after the other to every GPU, and the way of the last."""
+        return (self.gpus - 1) * self.bus_latency + (self.latency if self.nodes > 1 else 0.0)
+
+    def all_to_all_seconds(self, size: float) -> float:
+        """Return the seconds in which each GPU sends an equal part of ``size`` bytes to each GPU.
+
+        A part for another node crosses its own node's link, which all GPUs of the node share; a ring crosses it once.
+        """
+        inside = size * (self.gpus - 1) / self.gpus / (self.gpu.bus if self.bus is None else self.bus)
+        members = min(self.gpus, self.per_node)
+        across = members * size * (self.gpus - members) / self.gpus / self.link
+        return max(inside, across)
+
+    @property
     def failure_interval(self) -> float:
         """Mean seconds between two failures of any node."""
         return self.mtbf / self.nodes

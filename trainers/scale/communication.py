@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dreamfleet.trainers.scale.cluster import Cluster
 
-DDP_BUCKET = 25 * 2**20  # bytes of one all-reduce: torch's DistributedDataParallel, bucket_cap_mb
+MESSAGE = 2**25  # bytes of gradients in a message of the torch engine: BUCKET_BYTES of its gradient exchange
 BACKWARD = 2 / 3  # share of a step's computation: a backward pass costs two forward passes
 
 
@@ -18,6 +18,7 @@ class Sizes:
     ``trained`` and ``passed``: elements of the parameters that are trained, and of the frozen ones that gradients pass
     through (ZeRO-3 shards these too). ``width``: bytes of a gradient element: 4, or 2 in DeepSpeed's half-precision
     modes and with weights in bfloat16. ``micros``: micro-batches per step; ``flops`` and ``images``: of all of them.
+    ``by_unit``: the torch engine exchanges the gradients of each micro-batch (engine.gradient_exchange).
     """
 
     trained: int
@@ -26,26 +27,29 @@ class Sizes:
     micros: int = 1
     flops: float = 0.0
     images: int = 1
+    by_unit: bool = False
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one GPU sends in a step: ``hidden`` can proceed beside the computation, ``after`` follows it.
+    """Bytes that one GPU sends in a step, and the number of messages they are in, by operation.
 
-    ``window``: share of the computation beside which it proceeds. ``all_reduces``: number of their messages;
-    ``rounds``: how often a message of another operation goes around the ring.
+    ``scattered``: to every other GPU a part (all-to-all); ``reduced``: around a ring during the computation; ``after``:
+    around a ring after it. ``window``: share of the computation beside which the first two proceed. ``all_reduces`` and
+    ``rings``: messages of the other two.
     """
 
-    hidden: float
-    after: float
     window: float
+    scattered: float = 0.0
+    reduced: float = 0.0
+    after: float = 0.0
+    scatters: int = 0
     all_reduces: int = 0
-    rounds: int = 0
+    rings: int = 0
 
-    @property
-    def total(self) -> float:
-        """Bytes that one GPU sends in a step."""
-        return self.hidden + self.after
+    def total(self, world: int) -> float:
+        """Return the bytes that one of ``world`` GPUs sends in a step."""
+        return ring_bytes(self.scattered, world) + self.reduced + self.after
 
 
 def ring_bytes(size: float, world: int) -> float:
@@ -56,11 +60,33 @@ def ring_bytes(size: float, world: int) -> float:
     return size * (world - 1) / world
 
 
-def ddp_traffic(sizes: Sizes, world: int) -> Traffic:
-    """Return the traffic of DDP: one all-reduce of the gradients in the last micro-batch of a step."""
+def all_reduce_traffic(sizes: Sizes, world: int) -> Traffic:
+    """Return the traffic of one all-reduce of the gradients during a step's last backward pass."""
     gradients = sizes.trained * sizes.width
-    buckets = math.ceil(gradients / DDP_BUCKET)
-    return Traffic(2 * ring_bytes(gradients, world), 0, BACKWARD / sizes.micros, all_reduces=buckets)
+    return Traffic(
+        window=BACKWARD / sizes.micros,
+        reduced=2 * ring_bytes(gradients, world),
+        all_reduces=math.ceil(gradients / MESSAGE),
+    )
+
+
+def exchange_traffic(sizes: Sizes, world: int) -> Traffic:
+    """Return the traffic of the torch engine: an all-reduce, or with ``sizes.by_unit`` an exchange of each micro-batch.
+
+    The exchange sends each part of the gradients to its owner, who adds them in the order of the micro-batches,
+    whatever the number of workers. After the last one the sums are gathered.
+    """
+    if not sizes.by_unit:
+        return all_reduce_traffic(sizes, world)
+    gradients = sizes.trained * sizes.width
+    messages = math.ceil(gradients / MESSAGE)
+    return Traffic(
+        window=BACKWARD,
+        scattered=sizes.micros * gradients,
+        after=ring_bytes(gradients, world),
+        scatters=sizes.micros * messages,
+        rings=messages,
+    )
 
 
 def zero_traffic(sizes: Sizes, world: int, *, stage: int, bucket: int) -> Traffic:
@@ -74,12 +100,11 @@ def zero_traffic(sizes: Sizes, world: int, *, stage: int, bucket: int) -> Traffi
     reduced = ring_bytes(gradients, world) * (1 if stage == 1 else sizes.micros)
     window = BACKWARD / sizes.micros if stage == 1 else BACKWARD
     if stage < 3:
-        after = ring_bytes(weights, world)
-        rounds = math.ceil(sizes.trained / bucket) * ((1 if stage == 1 else sizes.micros) + 1)
-        return Traffic(reduced, after, window, rounds=rounds)
+        rings = math.ceil(sizes.trained / bucket) * ((1 if stage == 1 else sizes.micros) + 1)
+        return Traffic(window, reduced=reduced, after=ring_bytes(weights, world), rings=rings)
     gathered = 2 * sizes.micros * ring_bytes(weights + sizes.passed * sizes.width, world)
-    rounds = math.ceil((sizes.trained + sizes.passed) / bucket) * 3 * sizes.micros
-    return Traffic(reduced + gathered, 0, 1.0, rounds=rounds)
+    rings = math.ceil((sizes.trained + sizes.passed) / bucket) * 3 * sizes.micros
+    return Traffic(1.0, reduced=reduced + gathered, rings=rings)
 
 
 @dataclass(frozen=True)
@@ -113,9 +138,14 @@ def step_time(sizes: Sizes, traffic: Traffic, cluster: Cluster) -> StepTime:
     )
     if cluster.gpus == 1:
         return StepTime(compute, 0.0, 0.0, sizes.images / compute, 0.0)
-    waits = traffic.rounds * cluster.circle + traffic.all_reduces * cluster.all_reduce_wait
-    hidden = traffic.hidden / cluster.rate + waits
+    hidden = (
+        cluster.all_to_all_seconds(traffic.scattered)
+        + traffic.reduced / cluster.rate
+        + traffic.scatters * cluster.all_to_all_wait
+        + traffic.all_reduces * cluster.all_reduce_wait
+        + traffic.rings * cluster.circle
+    )
     after = traffic.after / cluster.rate
     exposed = max(0.0, hidden - cluster.overlap * traffic.window * compute) + after
-    total = compute + exposed
-    return StepTime(compute, hidden + after, exposed, cluster.gpus * sizes.images / total, traffic.total)
+    images = cluster.gpus * sizes.images / (compute + exposed)
+    return StepTime(compute, hidden + after, exposed, images, traffic.total(cluster.gpus))

@@ -21,7 +21,7 @@ from dreamfleet.trainers.scale.communication import (
     Sizes,
     StepTime,
     Traffic,
-    ddp_traffic,
+    exchange_traffic,
     step_time,
     zero_traffic,
 )
@@ -41,7 +41,7 @@ class Engine:
 
 
 ENGINES = (
-    Engine("torch (DDP)", ddp_traffic, regroups=True),
+    Engine("torch", exchange_traffic, regroups=True),
     *(Engine(f"ZeRO-{stage}", partial(zero_traffic, stage=stage, bucket=BUCKET)) for stage in (1, 2, 3)),
 )
 
@@ -100,6 +100,7 @@ def plan_cluster(recipe: Recipe, cluster: Cluster, memory: MemoryPlan) -> Cluste
         micros=counts.micros,
         flops=counts.micros * count_flops(recipe, method),
         images=counts.micros * train.train_batch_size,
+        by_unit=sums_by_unit(recipe),
     )
     written = checkpoint_bytes(recipe, measure_weights(recipe, method))
     costs = estimate_costs(cluster, state=written, model=counts.model)
@@ -172,6 +173,12 @@ def estimate_costs(cluster: Cluster, *, state: int, model: int) -> Costs:
         restart=cluster.restart + (model + state) / cluster.storage,
         regroup=cluster.regroup + state / cluster.link,
     )
+
+
+def sums_by_unit(recipe: Recipe) -> bool:
+    """Return whether the torch engine would exchange gradients after each micro-batch."""
+    how = recipe.engine.gradient_exchange
+    return recipe.scaling.is_elastic if how == "auto" else how == "unit"
 
 
 def count_flops(recipe: Recipe, method: DiffusionMethod) -> int:

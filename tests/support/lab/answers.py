@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-WAIT_SECONDS = 90
+WAIT_SECONDS = 240
 
 
 def wait_for_port(host: str, port: int) -> None:

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from lab.trial import Trial, kill, raylet_of
+from lab.trial import Driver, Trial, kill, raylet_of
 
 Fault = Callable[[Trial], None]
 SHUTDOWN_SECONDS = 10  # between SIGTERM and the end of a machine that shuts down
@@ -223,3 +223,37 @@ def four_kills(trial: Trial) -> None:
         kill(pid)
         if number < 3:
             trial.wait_for_step(trial.before + 12)
+
+
+def isolate_from_cluster(seconds: float) -> Fault:
+    """Rank 0's node that loses the head and the other nodes for some seconds, while it still reaches S3."""
+
+    def fault(trial: Trial) -> None:
+        machine, _ = trial.worker(0)
+        others = [other for other in trial.lab.machines if other is not machine]
+        trial.mark()
+        for other in others:
+            machine.deafen(other)
+            other.deafen(machine)
+        time.sleep(seconds)
+        for other in others:
+            machine.undeafen(other)
+            other.undeafen(machine)
+
+    return fault
+
+
+def start_second(*options: str) -> Fault:
+    """A second `dreamfleet train` on the run's folder, with other settings or with --resume, while the first trains."""
+
+    def fault(trial: Trial) -> None:
+        trial.mark()
+        trial.rival = Driver(trial.lab, "/tmp/recipe-0.yaml", *options)
+
+    return fault
+
+
+def join(trial: Trial) -> None:
+    """A node that was off is switched on, and joins the cluster."""
+    trial.mark()
+    trial.lab.renew(trial.lab.nodes[-1])

@@ -225,12 +225,21 @@ class Laboratory:
         found = self.ask("nodes", f"{self.head.ip}:{RAY_PORT}")
         return {address: node for address, node in found if node not in self._replaced}
 
-    def wait_for_nodes(self, seconds: float = 120) -> None:
+    def wait_for_nodes(self, seconds: float = 240) -> None:
         """Wait until every machine of the cluster is a living node. Raises RuntimeError."""
         deadline = time.monotonic() + seconds
         while missing := {machine.ip for machine in self.machines} - set(self.living_nodes()):
+            absent = [machine for machine in self.machines if machine.ip in missing]
             if time.monotonic() > deadline:
-                raise RuntimeError(f"not in the cluster after {seconds:.0f} s: {', '.join(sorted(missing))}")
+                logs = [(self.folder / f"ray-{machine.name}.log").read_text()[-1500:] for machine in absent]
+                raise RuntimeError(
+                    f"not in the cluster after {seconds:.0f} s: {', '.join(missing)}\n{chr(10).join(logs)}"
+                )
+            for machine in absent:
+                if machine.is_on and not machine.pids(
+                    "ray start"
+                ):  # on a busy host Ray may give its start up
+                    self.start_ray(machine)
             time.sleep(0.5)
 
     def repair(self) -> None:

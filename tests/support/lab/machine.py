@@ -19,7 +19,7 @@ VENV = Path(sys.prefix)
 PRIVATE = (Path("/tmp"), Path("/root"))  # folders that each machine has for itself
 NETWORK = "10.77.0"  # every laboratory has a network of its own, so all can use the same addresses
 NOWHERE = "02:00:00:00:00:99"  # an Ethernet address that no machine has
-BOOT_SECONDS = 30
+BOOT_SECONDS = 60
 
 # Process 1 of a machine. Orphans become its children, and are removed from the process table when they end.
 INIT = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True: signal.pause()"

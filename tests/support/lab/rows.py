@@ -23,7 +23,8 @@ class Row:
     ``code``: the driver's exit code; 0 means that the run goes on by itself. After another code the run must complete
     with ``--resume``. ``repeated``: most steps computed twice. ``tolerance``: largest difference between a weight and
     that of the undisturbed run; 0 requires equal bits, optimizer state included. ``in_ci``: part of the selection for
-    every change. ``recipe``: further keys of the recipe, dotted with ``__``. ``expect`` checks what else holds.
+    every change. ``recipe``: further keys of the recipe, dotted with ``__``. ``slower``: seconds by
+    which each step is longer. ``prepare`` is called before the run starts; ``expect`` checks what else holds.
     """
 
     name: str
@@ -31,12 +32,50 @@ class Row:
     code: int = 0
     repeated: int = EVERY
     tolerance: float = 0.0
-    workers: Any = 2
+    workers: int | tuple[int, int] = 2
     storage: str = "s3"
     in_ci: bool = False
     recipe: dict[str, Any] = field(default_factory=dict)
     strikes_at: int = 25
+    slower: float = 0.0
+    prepare: Callable[[Laboratory], None] = lambda lab: None
     expect: Callable[[Trial], None] = lambda trial: None
+
+
+def is_refused(trial: Trial) -> None:
+    """Check that the second driver ended with exit code 2, and named who trains in the folder."""
+    assert trial.rival is not None
+    assert trial.rival.wait() == 2, (
+        f"the second driver ended with {trial.rival.code}: {trial.rival.lines[-5:]}"
+    )
+    assert "head" in trial.rival.lines[-1], trial.rival.lines[-5:]
+
+
+def has_one_writer(trial: Trial) -> None:
+    """Check that a process which lost rank 0 completed no checkpoint after its successor's first step."""
+    steps = [event for event in trial.trace.steps() if event["t"] > trial.struck]
+    owner = (steps[-1]["on"], steps[-1]["pid"])
+    began = next(event["t"] for event in steps if (event["on"], event["pid"]) == owner)
+    saved = [event for event in trial.trace.events() if event["event"] == "saved" and event["t"] > began]
+    assert all((event["on"], event["pid"]) == owner for event in saved), saved
+
+
+def ends_with(workers: int) -> Callable[[Trial], None]:
+    """Check that the last step was taken by this number of workers."""
+
+    def check(trial: Trial) -> None:
+        last = [e for e in trial.trace.events() if e["event"] == "step" and e["step"] == trial.steps]
+        assert len({event["rank"] for event in last}) == workers, last
+
+    return check
+
+
+def without_last_node(lab: Laboratory) -> None:
+    """Switch the last node off, and wait until the head has noticed."""
+    lab.nodes[-1].power_off(farewell=True)
+    deadline = time.monotonic() + 60
+    while lab.nodes[-1].ip in lab.living_nodes() and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 ROWS = (
@@ -71,6 +110,8 @@ def try_row(lab: Laboratory, row: Row, references: References) -> dict[str, Any]
     trial = Trial(lab, "trial", row.storage, row.workers, recipe=row.recipe)
     began = time.monotonic()
     try:
+        row.prepare(lab)
+        trial.lengthen_steps(row.slower)
         driver = trial.start()
         trial.wait_for_step(row.strikes_at)
         row.fault(trial)
@@ -106,18 +147,18 @@ class References:
 
     def __init__(self, lab: Laboratory):
         self.lab = lab
-        self.addresses: dict[str, str] = {}
+        self.addresses: dict[int, str] = {}
 
     def find(self, row: Row) -> str:
-        """Return the address of the undisturbed run of a row's recipe."""
-        key = str(row.workers)
-        if key not in self.addresses:
+        """Return the address of the undisturbed run of a row's recipe; of its largest number of workers."""
+        workers = max(row.workers) if isinstance(row.workers, tuple) else row.workers
+        if workers not in self.addresses:
             self.lab.repair()
-            trial = Trial(self.lab, "undisturbed", "s3", row.workers)
+            trial = Trial(self.lab, "undisturbed", "s3", workers)
             try:
                 assert trial.start().wait() == 0, trial.driver.lines[-15:]
             finally:
                 trial.close()
             assert trial.repeated() == 0 and trial.trace.last_step() == trial.steps
-            self.addresses[key] = trial.url
-        return self.addresses[key]
+            self.addresses[workers] = trial.url
+        return self.addresses[workers]

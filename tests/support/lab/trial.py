@@ -23,7 +23,7 @@ STEPS, EVERY, AT = (
     10,
     25,
 )  # steps of a run, steps between checkpoints, the step after which a fault strikes
-RUN_SECONDS = 400  # longest time of a run or of a wait, on a loaded machine
+RUN_SECONDS = 600  # longest time of a run or of a wait, on a loaded machine
 FOLDERS = {"s3": f"s3://{BUCKET}/runs", "shared": "/tmp/shared/runs"}
 DATA = {"s3": f"{IMAGES}/train", "shared": "/tmp/shared/cat/train"}
 
@@ -139,7 +139,7 @@ class Trial:
     struck: float = 0.0  # time of the fault
     before: int = 0  # the last step that was complete then
     drivers: list[Driver] = field(default_factory=list)
-    threads: list[threading.Thread] = field(default_factory=list)
+    rival: Driver | None = None  # a second driver on the same folder
 
     def __post_init__(self) -> None:
         self.url = f"{FOLDERS[self.storage]}/{self.name}-{uuid.uuid4().hex[:8]}"
@@ -198,7 +198,7 @@ class Trial:
 
         def writer() -> tuple[Machine, int] | None:
             for event in self.trace.events():
-                if event["event"] == "upload" and event["file"].endswith("engine.pt") and event["t"] > since:
+                if event["event"] == "upload" and "/engine." in event["file"] and event["t"] > since:
                     machine = next(each for each in self.lab.machines if each.name == event["on"])
                     return machine, machine.pid_here(event["pid"]) or 0
             return None
@@ -209,13 +209,16 @@ class Trial:
             for hold in holds:
                 hold.unlink(missing_ok=True)
 
+    def lengthen_steps(self, seconds: float) -> None:
+        """Make each step that much longer, so that a run outlasts what happens beside it; 0 undoes it."""
+        for machine in self.lab.machines:
+            (machine.disk / "tmp" / "trace.jsonl.slow").write_text(str(seconds))
+
     def close(self) -> None:
         """End the drivers that still run."""
-        for driver in self.drivers:
-            if driver.code is None:
+        for driver in (*self.drivers, self.rival):
+            if driver is not None and driver.code is None:
                 driver.end()
-        for thread in self.threads:
-            thread.join()
 
     # ---- results --------------------------------------------------------------------------------------
 

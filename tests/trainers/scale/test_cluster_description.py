@@ -63,3 +63,12 @@ def test_a_small_all_reduce_takes_the_shorter_way() -> None:
 def test_an_error_names_the_part(text: str, named: str) -> None:
     with pytest.raises(ResourceError, match=named):
         parse_cluster(text)
+
+
+def test_an_all_to_all_shares_the_link_of_its_node() -> None:
+    # 4 GPUs in 2 nodes: each sends 3/4 of 8 GB at 1 GB/s at most; two send half of theirs over a link of 2 GB/s.
+    cluster = Cluster(4, per_node=2, bus=1e9, link=2e9, latency=1e-3, bus_latency=1e-5)
+    assert cluster.all_to_all_seconds(8e9) == pytest.approx(max(6.0, 2 * 4 / 2))
+    assert Cluster(4, per_node=2, bus=1e12, link=2e9).all_to_all_seconds(8e9) == pytest.approx(4.0)
+    assert Cluster(4, per_node=4, bus=1e9, link=1.0).all_to_all_seconds(8e9) == pytest.approx(6.0)  # one node
+    assert cluster.all_to_all_wait == pytest.approx(1e-3 + 3e-5)

@@ -35,7 +35,7 @@ def test_sizes_and_costs_are_those_of_the_recipe(root: Path) -> None:
     assert plan.costs.save == pytest.approx(plan.checkpoint_bytes / 25e9)
     assert plan.costs.background == pytest.approx(plan.checkpoint_bytes / 1e6)
     assert plan.costs.restart == pytest.approx(10 + (memory.counts.model + plan.checkpoint_bytes) / 1e6)
-    assert [one.engine for one in plan.engines] == ["torch (DDP)", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    assert [one.engine for one in plan.engines] == ["torch", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
     shown = "\n".join(cluster_lines(plan))
     assert all(part in shown for part in ("16 A100, 2 nodes of 8; 100 Gb/s", "ZeRO-3", "512", "75 d"))
 
@@ -48,16 +48,16 @@ def test_operations_grow_with_the_batch(root: Path) -> None:
 
 
 def test_survivors_need_a_second_node() -> None:
-    """With one node a failure restarts DDP as it does ZeRO; with two it costs the regrouping alone."""
+    """With one node a failure restarts torch as it does ZeRO; with two it costs the regrouping alone."""
     sizes = Sizes(trained=10**6, flops=1e12)
     for gpus, keeps in ((8, False), (16, True)):
         cluster = Cluster(gpus, mtbf=1e4 * gpus / 8, step=1.0)  # a failure every 1e4 s in both
-        ddp, first, *_ = predict(
+        torch, first, *_ = predict(
             cluster, sizes, COSTS, checkpoint_bytes=1, steps=100, recipe_interval=100, numbers=()
         ).engines
-        assert (ddp.share > first.share) == keeps
-        saved = ddp.chosen_interval / (ddp.chosen_interval + 1)
-        assert not keeps or ddp.share == pytest.approx(saved * math.exp(-5 / 1e4))
+        assert (torch.share > first.share) == keeps
+        saved = torch.chosen_interval / (torch.chosen_interval + 1)
+        assert not keeps or torch.share == pytest.approx(saved * math.exp(-5 / 1e4))
 
 
 def test_steps_take_their_expected_time() -> None:

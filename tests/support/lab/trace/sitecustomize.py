@@ -2,7 +2,7 @@
 
 One JSON line for each event: ``start`` and ``end`` of a worker, ``step`` (an optimizer step is complete), ``upload``
 (a file of a checkpoint is about to be written), ``saved`` (its manifest is written) and ``restore``. While the file
-$LAB_TRACE.hold exists, the upload of a checkpoint's engine.pt waits, so that a fault can strike in the middle of a
+$LAB_TRACE.hold exists, the upload of a checkpoint's engine file waits, so that a fault can strike in the middle of a
 save; $LAB_TRACE.slow holds seconds by which each step is lengthened. Nothing that dreamfleet computes is changed.
 """
 
@@ -65,6 +65,11 @@ def _watch_engine(module):
         return result
 
     module.TorchEngine.step = step
+
+
+def _is_engine(address):
+    name = address.rsplit("/", 1)[1]  # engine.pt, or engine.attempt-0002.pt
+    return name.startswith("engine.") and name.endswith(".pt")
 
 
 def _watch_storage(module):
