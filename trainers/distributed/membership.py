@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.distributed.coordinator import HEARTBEAT_SECONDS, hang_up
-from dreamfleet.trainers.distributed.process_group import STEP_TIMEOUT
+from dreamfleet.trainers.distributed.process_group import STEP_TIMEOUT, end_group
 from dreamfleet.trainers.distributed.roster import NO_STATE, Generation
 from dreamfleet.trainers.distributed.sockets import OpenedSockets
 
@@ -150,9 +150,7 @@ class Membership:
             opened, self._opened = self._opened, None
         if opened is not None:
             opened.shut()  # an operation that still waits for a peer would delay the destruction
-        if dist.is_initialized():
-            with contextlib.suppress(RuntimeError):  # of a broken group
-                dist.destroy_process_group()
+        end_group()
 
     def close(self, *, completed: bool = False, why: str = "its training failed") -> None:
         """End the membership; ``completed``: the whole run is complete, else ``why`` this worker ends."""

@@ -18,7 +18,6 @@ from dreamfleet.trainers.loop import Hooks, Outcome, Progress, Training, train
 from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.events import EventLog, open_rank_events
-from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.build import Load, assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
@@ -26,6 +25,7 @@ from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.export import export_artifacts
 from dreamfleet.trainers.run.recorder import Recorder
 from dreamfleet.trainers.run.restore import restore
+from dreamfleet.trainers.run.rounds import complete_line, complete_round
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary, summarise
 
@@ -103,7 +103,7 @@ class Session:
             if figures := self.evaluation.measure():
                 recorder.log({"step": 0, **figures})
             self.evaluation.draw(0)
-        self._complete_round()
+        complete_round(self.recorder, self.hooks, self.done)
         self.clock.ready()
         recorder.events.add("ready", step=start_step, seconds=self.clock.start_up)
 
@@ -173,8 +173,8 @@ class Session:
             left=list(generation.left),
         )
         if generation.broke:
-            self._complete_line()
-            self._complete_round()
+            complete_line(self.recorder, self.progress)
+            complete_round(self.recorder, self.hooks, self.done)
 
     def finish(self, outcome: Outcome) -> Summary:
         """Export the artifacts of a completed run with ``train.export``; write the summary and the report."""
@@ -283,40 +283,3 @@ class Session:
         self.recorder.events = open_rank_events(self.recorder.run, 0)
         self.recorder.take_over()
         self.checkpointing.recall_best(self.recorder.run)
-
-    def _complete_line(self) -> None:
-        """Log the line of metrics that a broken generation left out, from what one rank knows of it."""
-        done, recorder = self.done, self.recorder
-        if not self.parts.schedule.logs_at(done):
-            return
-        lines = self.distributed.gather(self.progress.line_alone())
-
-        def complete() -> None:
-            recorder.flush()
-            written = any(line["step"] == done and "loss" in line for line in read_metrics(recorder.run))
-            if not written and (line := next(filter(None, lines), None)):
-                recorder.log(line)
-
-        self.distributed.on_rank_0(complete)
-
-    def _complete_round(self) -> None:
-        """Save and validate the present step, if the run was killed after the step and before that."""
-        parts, hooks, done = self.parts, self.hooks, self.done
-        if done == 0:
-            return
-        if parts.schedule.saves_at(done):
-            hooks.save(done)
-        if not parts.schedule.samples_at(done):
-            return
-
-        def find() -> tuple[bool, bool]:
-            self.recorder.flush()
-            run = self.recorder.run
-            rounds = [line for line in read_metrics(run) if line["step"] == done and "loss" not in line]
-            return bool(rounds), run.exists(f"samples/step-{done:06d}.png")
-
-        is_measured, is_drawn = self.distributed.on_rank_0(find)
-        if not is_measured and (figures := hooks.validate(done)):
-            hooks.log({"step": done, **figures})
-        if not is_drawn and self.recipe.validation.prompts:
-            hooks.sample(done)
