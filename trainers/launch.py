@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -170,14 +170,13 @@ def _make_trainer(
     started: float,
     coordinator: Member | None,
 ) -> Any:
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig
 
     from dreamfleet.trainers.distributed.process_group import STEP_TIMEOUT
     from dreamfleet.trainers.driver.member_trainer import LocalTrainer, MemberTrainer
     from dreamfleet.trainers.driver.ray_internals import MemberConfig
-    from dreamfleet.trainers.driver.watch import RunWatch
-    from dreamfleet.trainers.driver.worker import train_worker, worker_environment
+    from dreamfleet.trainers.driver.worker import train_worker
 
     scaling, sent = recipe.scaling, variables_to_send(buckets="://" in recipe.to_yaml())
 
@@ -210,19 +209,28 @@ def _make_trainer(
             resources_per_worker=share.resources,
             placement_strategy=scaling.placement_strategy,
         ),
-        run_config=RunConfig(
-            # Unique, as Ray would resume a run of the same name; dreamfleet resumes from its own checkpoints.
-            name=f"{recipe.run_name}-{uuid.uuid4().hex[:12]}",
-            storage_path=bookkeeping,
-            failure_config=FailureConfig(
-                max_failures=-1,  # RunWatch counts them
-                # Ray waits one minute for machines before each such failure; its default is no limit.
-                controller_failure_limit=scaling.wait_minutes,
-            ),
-            callbacks=[RunWatch(Storage(recipe.output_dir), sent, scaling)],
-            worker_runtime_env={"env_vars": worker_environment(share.threads)},
-            logging_config=LoggingConfig(log_level="WARNING"),
+        run_config=_make_run_config(recipe, share, bookkeeping, sent),
+    )
+
+
+def _make_run_config(recipe: Recipe, share: WorkerShare, bookkeeping: str, sent: Mapping[str, str]) -> Any:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig
+
+    from dreamfleet.trainers.driver.watch import RunWatch
+    from dreamfleet.trainers.driver.worker import worker_environment
+
+    return RunConfig(
+        # Unique, as Ray would resume a run of the same name; dreamfleet resumes from its own checkpoints.
+        name=f"{recipe.run_name}-{uuid.uuid4().hex[:12]}",
+        storage_path=bookkeeping,
+        failure_config=FailureConfig(
+            max_failures=-1,  # RunWatch counts them
+            # Ray waits one minute for machines before each such failure; its default is no limit.
+            controller_failure_limit=recipe.scaling.wait_minutes,
         ),
+        callbacks=[RunWatch(Storage(recipe.output_dir), sent, recipe.scaling)],
+        worker_runtime_env={"env_vars": worker_environment(share.threads)},
+        logging_config=LoggingConfig(log_level="WARNING"),
     )
 
 
