@@ -140,7 +140,7 @@ def _follow(
                     yield from session.warm_up()
                 with pulse.during("regroup"):
                     generation = membership.next_generation(
-                        done=session.progress.done if session is not None and not distributed.alone else None,
+                        done=session.progress.done if session is not None and session.is_open else None,
                         broken=broke_at is not None,
                     )
                     distributed.regroup(membership.rank, len(generation.members))

@@ -58,6 +58,7 @@ class Session:
         self.recipe, self.distributed, self.clock = recipe, distributed, clock
         self.engine_reason, self.pulse, self.membership = engine_reason, pulse, membership
         self.should_stop = should_stop
+        self.is_open = False  # whether the state is that of the run: it has started, or was received
         begins = found is None and not distributed.alone
         self.parts = parts = assemble(recipe, distributed, begins=begins, load=load)
         with ExitStack() as undo:
@@ -104,6 +105,7 @@ class Session:
                 recorder.log({"step": 0, **figures})
             self.evaluation.draw(0)
         complete_round(self.recorder, self.hooks, self.done)
+        self.is_open = True
         self.clock.ready()
         recorder.events.add("ready", step=start_step, seconds=self.clock.start_up)
 
@@ -142,6 +144,7 @@ class Session:
         completed. ``broke_at``: when this rank noticed that, by the monotonic clock.
         """
         parts, distributed = self.parts, self.distributed
+        self.is_open = True
         began = time.monotonic() if broke_at is None else broke_at
         parts.engine.regroup(distributed.rank, distributed.world)
         if generation.stale:

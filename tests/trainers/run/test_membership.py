@@ -66,7 +66,7 @@ def check(group: Workers, undisturbed: tuple[Any, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("rank", "where", "call", "step"),
-    [(1, "backward", 8, 3), (0, "backward", 8, 3), (0, "save", 2, 3), (1, "evaluation", 1, 3)],
+    [(1, "backward", 8, 3), (0, "backward", 8, 3), (0, "save", 2, 3), (1, "evaluation", 2, 3)],
 )
 def test_a_survivor_continues_without_repeating_a_step(
     tmp_path: Path, undisturbed: dict[int, Any], rank: int, where: str, call: int, step: int
@@ -79,6 +79,16 @@ def test_a_survivor_continues_without_repeating_a_step(
     assert regroup["step"] in (step, step + 1) if where == "save" else regroup["step"] == step
     assert (regroup["world"], regroup["mechanism"]) == (1, "survivors")
     assert f"worker {rank}" in regroup["cause"]
+
+
+def test_a_worker_that_dies_while_the_run_starts_costs_a_new_start(
+    tmp_path: Path, undisturbed: dict[int, Any]
+) -> None:
+    group = make_group(tmp_path, 2)
+    group.start(1, where="evaluation", call=1)  # that of the untrained model
+    group.start(0)
+    assert group.end() == [DONE | {"workers": 1}]
+    assert not check(group, undisturbed[2])
 
 
 def test_a_killed_worker_is_replaced_by_one_that_gets_the_state_from_a_survivor(
