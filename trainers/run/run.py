@@ -13,7 +13,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
-from dreamfleet.trainers.distributed.membership import GroupBroke, Left, Membership, is_broken_group
+from dreamfleet.trainers.distributed.membership import CutOff, GroupBroke, Left, Membership, is_broken_group
 from dreamfleet.trainers.distributed.pulse import Pulse
 from dreamfleet.trainers.loop import Training, drive
 from dreamfleet.trainers.memory.engine_selection import settle_engine
@@ -155,7 +155,8 @@ def _follow(
                     session = start()
                     session.open()
                 else:
-                    assert session is not None
+                    if session is None:  # its start broke, while others had just completed theirs
+                        raise CutOff("this worker has no state to join the others with")
                     session.join(generation, broke_at=broke_at)
                 broke_at = None
                 outcome = yield from session.train()
