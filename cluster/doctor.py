@@ -10,26 +10,31 @@ import sys
 from collections.abc import Callable
 from ctypes.util import find_library
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Literal
 
-from dreamfleet.cluster.cluster_info import has_cluster, machines
+import yaml
+
+from dreamfleet.cluster.cluster_info import has_cluster
+from dreamfleet.cluster.doctor_cluster import compare_storage, examine_cluster
+from dreamfleet.cluster.finding import Finding
 from dreamfleet.datasets.environment import PROFILES, has_profile, variables_to_send
-from dreamfleet.datasets.errors import UserError
-from dreamfleet.trainers.config.scaling import describe
+from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.storage.probe import probe_storage
+from dreamfleet.trainers.driver.node_facts import expected_workers
+from dreamfleet.trainers.driver.session import Node
 
 GIB = 2**30
 
 
-class Finding(NamedTuple):
-    """One line of the report: ok, note (worth knowing) or MISSING (a run would fail)."""
+def examine(
+    address: str | None = None, *, storage: str | None = None, expected: int | None = None
+) -> list[Finding]:
+    """Check this machine, and the cluster at ``address`` or RAY_ADDRESS if there is one. Never shows a secret.
 
-    name: str
-    state: Literal["ok", "note", "MISSING"]
-    detail: str
-
-
-def examine(address: str | None = None) -> list[Finding]:
-    """Check this machine, and the cluster at ``address`` or RAY_ADDRESS if there is one. Never shows a secret."""
+    ``storage``: a folder or s3:// prefix that every machine, or this one without a cluster, must reach. ``expected``:
+    see :func:`examine_cluster`.
+    """
     checks: list[Callable[[], list[Finding]]] = [
         _python,
         _torch,
@@ -42,7 +47,23 @@ def examine(address: str | None = None) -> list[Finding]:
         _sent_to_workers,
     ]
     found = [line for check in checks for line in check()]
-    return [*found, *_cluster(address)]
+    if has_cluster(address):
+        return [*found, *examine_cluster(address, storage=storage, expected=expected)]
+    return [*found, *_storage(storage)] if storage else found
+
+
+def read_expected(config: Path) -> int | None:
+    """Return the number of machines beside the head that a `ray up` file asks for. Raises RecipeError."""
+    try:
+        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+        return expected_workers(tree)
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        raise RecipeError(f"--config {config}: not a file for `ray up` ({error})") from error
+
+
+def _storage(url: str) -> list[Finding]:
+    here = Node("", "this machine", {})
+    return compare_storage(url, {here: probe_storage(url)})
 
 
 def _python() -> list[Finding]:
@@ -184,17 +205,3 @@ def _sent_to_workers() -> list[Finding]:
     """List the names of the environment variables that are sent to workers; values are never shown."""
     names = sorted(variables_to_send(buckets=False))
     return [Finding("sent to workers", "ok", ", ".join(names))] if names else []
-
-
-def _cluster(address: str | None) -> list[Finding]:
-    if not has_cluster(address):
-        return []
-    try:
-        nodes, limit = machines(address)
-    except UserError as error:
-        return [Finding("cluster", "MISSING", str(error))]
-    lines = [Finding("cluster", "ok", f"{len(nodes)} machine{'s' * (len(nodes) != 1)}")]
-    lines += [Finding("machine", "ok", f"{name}: {describe(resources)}") for name, resources in nodes.items()]
-    if limit:
-        lines.append(Finding("grows to", "ok", describe(limit)))
-    return lines

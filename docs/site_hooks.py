@@ -11,7 +11,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "NOTES.md")
+PAGES = ("README.md", "README.zh.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "NOTES.md")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):<code>~?")
 

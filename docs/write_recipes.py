@@ -51,9 +51,11 @@ SECTIONS = {
     "engine": "torch or DeepSpeed, sharding, offloading: [engine](#engine)",
     "validation": "held-out loss, previews and metrics: [validation](#validation)",
     "scaling": "workers and their resources: [scaling](#scaling)",
+    "storage": "what a run does while its bucket is away: [storage](#storage)",
     "search": "the search of `dreamfleet tune`: [search](#search)",
     "fleet": "the limits of `dreamfleet fleet`: [fleet](#fleet)",
-    "report_to": "further outputs of metrics and previews; `[]` for none",
+    "tracking": "names and folder for `report_to`: [tracking](#tracking)",
+    "report_to": "where metrics and previews are also shown, see [Monitoring](monitoring.md); `[]` for none",
 }
 # Descriptions of the keys whose fields have none.
 DESCRIPTIONS = {

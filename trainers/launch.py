@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.engines import engine_name
 from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
@@ -26,6 +26,7 @@ from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, wa
 from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
 from dreamfleet.trainers.run.run_folder import locked, open_run_folder
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers, variables_for
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.recipe import Recipe
@@ -85,12 +86,13 @@ def fit(
         raise RecipeError(
             "overrides apply to a recipe file, and this recipe is an object: change the object instead"
         )
+    check_trackers(recipe)
     check_inputs(recipe, begun=resume and bool(Checkpoints(Storage(recipe.output_dir)).steps()))
     run = open_run_folder(recipe, resume=resume)
     if resume and not Checkpoints(run).steps():
         logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
-    with locked(run), stop_on_signal(run, display.say) as stop:
+    with patience(recipe.storage.patience_seconds), locked(run), stop_on_signal(run, display.say) as stop:
         try:
             if recipe.scaling.is_local:
                 summary = _fit_here(recipe, resume, stop, display, started)
@@ -178,7 +180,7 @@ def _make_trainer(
     from dreamfleet.trainers.driver.ray_internals import MemberConfig
     from dreamfleet.trainers.driver.worker import train_worker
 
-    scaling, sent = recipe.scaling, variables_to_send(buckets="://" in recipe.to_yaml())
+    scaling, sent = recipe.scaling, variables_for(recipe)
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
         # Secrets are passed in this closure, as Ray displays and logs environments and may export the config.

@@ -30,6 +30,8 @@ class Hooks:
     should_save: Callable[[], bool] = lambda: False
     #: the step of the newest checkpoint, the same on every rank; None when there is none
     saved: Callable[[], int | None] = lambda: None
+    #: whether a step (from 1) is profiled, so that its time does not count
+    is_profiled: Callable[[int], bool] = lambda step: False
     #: the progress that other threads read
     pulse: Pulse = field(default_factory=Pulse)
 
@@ -230,6 +232,7 @@ class _Loop:
         norm = engine.step(now, step + 1)
         self.progress.done = step + 1
         self.watch.see_norm(norm)
+        meter.has_times &= not self.hooks.is_profiled(step + 1)
         meter.add(losses, images=batch["num_instances"] * engine.num_units)
         self._finish_step(step + 1, norm, now)
 

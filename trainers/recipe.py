@@ -5,16 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+)
 
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.config_base import Section, as_list
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.index import exclusions
 from dreamfleet.datasets.path_field import NamedPath, PathField, list_paths, resolve_paths
+from dreamfleet.datasets.registry import EntryName
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.conflicts import find_conflicts
 from dreamfleet.trainers.config.deepspeed import merge_deepspeed_file
@@ -29,6 +38,8 @@ from dreamfleet.trainers.config.prompt_lines import read_prompts
 from dreamfleet.trainers.config.scaling import ScalingConfig
 from dreamfleet.trainers.config.search import SearchConfig
 from dreamfleet.trainers.config.search_check import find_search_errors
+from dreamfleet.trainers.config.storage import StorageConfig
+from dreamfleet.trainers.config.tracking import TRACKERS, TrackingConfig
 from dreamfleet.trainers.config.train import TrainConfig
 from dreamfleet.trainers.config.validation import ValidationConfig
 from dreamfleet.trainers.config.validation_errors import explain, keys_at, nearest
@@ -45,14 +56,16 @@ class Recipe(Section):
     engine: EngineConfig = EngineConfig()
     validation: ValidationConfig = ValidationConfig()
     scaling: ScalingConfig = ScalingConfig()
+    storage: StorageConfig = StorageConfig()
     search: SearchConfig | None = Field(None, description="for `dreamfleet tune`")
     fleet: FleetConfig | None = Field(None, description="for `dreamfleet fleet`")
     output_dir: Annotated[str, PathField("folder", must_exist=False, is_output=True)] = Field(
         min_length=1, description="folder or s3:// URL; its last part is the name of the artifacts"
     )
-    report_to: Annotated[list[Literal["tensorboard"]], BeforeValidator(as_list)] = Field(
-        ["tensorboard"], validation_alias=AliasChoices("report_to", "log_with")
-    )
+    report_to: Annotated[
+        list[Annotated[str, AfterValidator(EntryName(TRACKERS))]], BeforeValidator(as_list)
+    ] = Field(["tensorboard"], validation_alias=AliasChoices("report_to", "log_with"))
+    tracking: TrackingConfig = TrackingConfig()
 
     @property
     def run_name(self) -> str:

@@ -81,6 +81,7 @@ class Meter:
         """Start a new interval."""
         self.start, self.wait, self.images, self.steps, self.units = time.perf_counter(), 0.0, 0, 0, 0
         self.sums: dict[str, torch.Tensor] = {}
+        self.has_times = True  # False for an interval with a step that a profiler slowed down
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -114,25 +115,26 @@ class Meter:
         if not alone:
             summed = self.engine.sum_over_ranks(summed)
         line: dict[str, Any] = dict(zip(names, (summed[:-1] / summed[-1]).tolist(), strict=True))
+        line |= {"grad_norm": float(norm), "peak_memory_bytes": peak_memory(self.engine.device)}
+        if self.has_times:
+            line |= self._read_times()
+        self.figures |= {"loss": line["loss"], "peak_memory_bytes": line["peak_memory_bytes"]}
+        self.restart()
+        return line
+
+    def _read_times(self) -> dict[str, float]:
         elapsed = time.perf_counter() - self.start
         self.total_time, self.total_wait = self.total_time + elapsed, self.total_wait + self.wait
         self.total_images += self.images
-        line |= {
-            "grad_norm": float(norm),
+        self.figures |= {
+            "images_per_second": self.total_images / self.total_time,
+            "data_wait_fraction": self.total_wait / self.total_time,
+        }
+        return {
             "images_per_second": self.images / elapsed,
             "step_seconds": elapsed / self.steps,
             "data_wait_fraction": min(1.0, self.wait / elapsed),
-            "peak_memory_bytes": peak_memory(self.engine.device),
         }
-        self.figures = {
-            **self.figures,
-            "loss": line["loss"],
-            "images_per_second": self.total_images / self.total_time,
-            "data_wait_fraction": self.total_wait / self.total_time,
-            "peak_memory_bytes": line["peak_memory_bytes"],
-        }
-        self.restart()
-        return line
 
 
 def peak_memory(device: torch.device) -> int:

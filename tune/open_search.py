@@ -62,7 +62,7 @@ def _refuse_another_search(folder: Storage, recipe: Recipe) -> None:
     for tree in (before, now):
         for name in CHANGEABLE:
             tree["search"].pop(name, None)
-        for name in ("scaling", "output_dir", "report_to"):
+        for name in ("scaling", "storage", "output_dir", "report_to", "tracking"):
             tree.pop(name, None)
     if changed := differences(before, now):
         raise CheckpointError(

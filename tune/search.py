@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import RecipeError, RunFailed, UserError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.trainers.config.search import SearchConfig
 from dreamfleet.trainers.driver.preflight import check_inputs
 from dreamfleet.trainers.recipe import Recipe, load_recipe
 from dreamfleet.trainers.run.disk import require_search_disk
 from dreamfleet.trainers.run.run_folder import locked
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers
 from dreamfleet.tune.limits import describe_end, out_of_patience, used_up
 from dreamfleet.tune.live import SearchDisplay
 from dreamfleet.tune.open_search import open_store
@@ -59,13 +61,18 @@ def search(
     failed otherwise.
     """
     recipe = _load(recipe, overrides)
+    check_trackers(recipe)
     check_inputs(recipe)
     disk = require_search_disk(recipe)
     store = open_store(recipe, resume=resume)
     display = SearchDisplay(store)
     display.say(disk)
     is_interrupted = True
-    with locked(store.folder), stop_on_signal(store.folder, display.say) as stop:
+    with (
+        patience(store.recipe.storage.patience_seconds),
+        locked(store.folder),
+        stop_on_signal(store.folder, display.say) as stop,
+    ):
         store.folder.write_text(RECIPE, recipe.to_yaml())
         store.save()
         try:

@@ -18,7 +18,7 @@ from dreamfleet.tune.trial_store import FILE, RECIPE, TrialStore, read_store
 
 MAX_LISTED = 8  # keys that a line names
 # Keys that do not change what a trial measures.
-IRRELEVANT = ("search", "scaling", "output_dir", "report_to")
+IRRELEVANT = ("search", "scaling", "storage", "output_dir", "report_to", "tracking")
 
 
 def read_earlier(store: TrialStore) -> list[EarlierTrial]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -124,17 +125,45 @@ def methods(as_json: AsJson = False, verbose: Verbose = False) -> None:
         print(f"{row['name']:<20} {helps}{row['description']}")
 
 
-def doctor(address: Address = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """Check what this machine, or a cluster, supports."""
-    with work():
-        from dreamfleet.cluster.doctor import examine
+def doctor(
+    address: Address = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A folder or s3:// prefix in which every machine must be able to write.",
+            show_default=False,
+        ),
+    ] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="The file of `ray up`, with which the number of machines is compared. Default: the head node's.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Check what this machine, or a cluster, supports.
 
-        found = examine(address)
+    With --address, compares the machines: versions, clocks, memory, GPUs, storage and the links between them.
+    """
+    with work():
+        from dreamfleet.cluster.doctor import examine, read_expected
+
+        found = examine(
+            address, storage=storage, expected=read_expected(config_file) if config_file else None
+        )
     if as_json:
         print_json([line._asdict() for line in found])
     else:
         for line in found:
             print(f"{line.state:<8} {line.name:<14} {line.detail}")
+            if line.remedy:
+                print(f"{'':<23} -> {line.remedy}")
     if any(line.state == "MISSING" for line in found):
         raise typer.Exit(USER_ERROR)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from dreamfleet.datasets.errors import StorageError
-from dreamfleet.datasets.storage.object_store import Bucket, bucket_versions
+from dreamfleet.datasets.storage.bucket_keys import bucket_versions
+from dreamfleet.datasets.storage.object_store import Bucket
 from dreamfleet.datasets.storage.storage import Storage
 
 log = logging.getLogger(__name__)

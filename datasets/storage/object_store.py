@@ -15,8 +15,8 @@ from dreamfleet.datasets.environment import masked, variable
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.storage.disk import as_storage_error
 from dreamfleet.datasets.storage.retry import (
+    OUTAGES,
     TRANSIENT_ERRNO,
-    Outages,
     is_broken_off,
     is_one_of,
     is_transient,
@@ -31,7 +31,6 @@ T = TypeVar("T")
 SCHEMES = ("s3", "gs")
 _OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # timeouts of one attempt
-_outages = Outages(time.monotonic)
 _KEYLESS_KINDS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"}
 
 
@@ -53,18 +52,31 @@ class Bucket:
         while True:
             attempt += 1
             try:
-                return action(self.file_system(), key)
+                result = action(self.file_system(), key)
+                OUTAGES.succeeded(self._own_server)
+                return result
             except StorageError:
                 raise
             except Exception as error:
                 first_failure = first_failure or time.monotonic()
-                wait = next_wait(attempt, time.monotonic() - first_failure)
+                since = time.monotonic() - first_failure
                 # Failed requests to S3 were retried within the action, but not the transfer of a response.
-                again = is_broken_off(error) or (self.scheme == "gs" and is_transient(error))
+                again = is_broken_off(error)
+                if self.scheme == "gs" and is_transient(error):
+                    again, since = (
+                        True,
+                        max(since, OUTAGES.failed(self._own_server, f"{verb}: {kind_of(error)}")),
+                    )
+                wait = next_wait(attempt, since)
                 if wait is None or not again:
                     raise StorageError(masked(self._explain(verb, path, error))) from error
                 log.info("cannot %s %s (%s): retrying in %.1f s", verb, path, kind_of(error), wait)
                 time.sleep(wait)
+
+    @property
+    def _own_server(self) -> str:
+        """The name under which failures outside of S3's requests are kept."""
+        return f"{self.scheme}://{self.name}"
 
     def exists(self) -> bool:
         """Return whether the bucket itself exists."""
@@ -123,6 +135,14 @@ class Bucket:
             return False
 
 
+def is_failing(address: str) -> bool:
+    """Return whether the last request to the server of a bucket address failed, and is being tried again."""
+    scheme, url = parse_address(address)
+    if scheme == "s3":
+        return OUTAGES.is_open(urlsplit(_endpoint() or "//amazonaws.com").netloc)
+    return OUTAGES.is_open(f"{scheme}://{url.partition('://')[2].split('/', 1)[0]}")
+
+
 def is_address(text: str) -> bool:
     """Return whether a text is a local path or a URL with a supported storage scheme."""
     scheme, separator, _ = text.partition("://")
@@ -150,80 +170,6 @@ def parse_address(text: str) -> tuple[str, str]:
     if not bucket:
         raise StorageError(f"{text!r} names no bucket: write {scheme}://bucket/prefix")
     return scheme, f"{scheme}://{rest.rstrip('/')}"
-
-
-def is_folder(file_system: Any, key: str) -> bool:
-    """Return whether a key is a prefix of other keys instead of an object. Raises FileNotFoundError if neither."""
-    return bool(file_system.info(key)["type"] == "directory")
-
-
-def bucket_has(file_system: Any, key: str) -> bool:
-    """Return whether a key exists as an object or as a prefix of a file's key."""
-    try:
-        return not is_folder(file_system, key) or bool(first_file(file_system, key))
-    except FileNotFoundError:
-        return False
-
-
-def first_file(file_system: Any, key: str) -> list[str]:
-    """Return a list with one file below a key, at any depth, or []. Raises FileNotFoundError if the key is missing."""
-    entries = file_system.ls(key, detail=True)
-    if files := [entry["name"] for entry in entries if _is_file(entry) and entry["name"] != key]:
-        return files[:1]
-    return next(
-        (found for folder in _folders(entries, key) if (found := first_file(file_system, folder))), []
-    )
-
-
-def bucket_files(file_system: Any, key: str, recursive: bool) -> list[str]:
-    """Return the sorted names of the files below a key, relative to it. Raises FileNotFoundError if there are none."""
-    if recursive:
-        entries = list(file_system.find(key, detail=True).values())
-    else:
-        entries = file_system.ls(key, detail=True)
-    start = len(key) + 1
-    found = (entry["name"] for entry in entries if _is_file(entry))
-    return sorted(name[start:] for name in found if name.startswith(f"{key}/"))
-
-
-def bucket_folders(file_system: Any, key: str) -> list[str]:
-    """Return the sorted names of direct subfolders that contain files. Raises FileNotFoundError without the key."""
-    folders = _folders(file_system.ls(key, detail=True), key)
-    return [folder.rsplit("/", 1)[1] for folder in folders if first_file(file_system, folder)]
-
-
-def bucket_size(file_system: Any, key: str) -> int:
-    """Return the size in bytes of an object, or of all objects below a key."""
-    info = file_system.info(key)
-    if info["type"] != "directory":
-        return int(info["size"])
-    return sum(int(entry["size"]) for entry in file_system.find(key, detail=True).values())
-
-
-def bucket_versions(file_system: Any, key: str) -> dict[str, str]:
-    """Return name -> size and ETag of an object (name "") or of all objects below a key."""
-    info = file_system.info(key)
-    if info["type"] != "directory":
-        return {"": _version(info)}
-    entries = file_system.find(key, detail=True).values()
-    start = len(key) + 1
-    return {entry["name"][start:]: _version(entry) for entry in entries if _is_file(entry)}
-
-
-def _version(entry: dict[str, Any]) -> str:
-    # s3fs calls it ETag, gcsfs etag; after a conversion by fsspec only the time of the last change may be left.
-    tag = entry.get("ETag") or entry.get("etag") or entry.get("LastModified") or entry.get("updated")
-    return f"{entry['size']} {tag}"
-
-
-def _is_file(entry: dict[str, Any]) -> bool:
-    """Return whether a listed object is a file, and not an empty object that consoles or Hadoop create for a folder."""
-    return entry["type"] != "directory" and not entry["name"].endswith(("/", "_$folder$"))
-
-
-def _folders(entries: list[dict[str, Any]], key: str) -> list[str]:
-    found = {entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"}
-    return sorted(found - {key})
 
 
 def _endpoint() -> str | None:
@@ -277,14 +223,14 @@ def _needs_retry(
     else:
         status, code = response[0].status_code, response[1].get("Error", {}).get("Code")
         reason = f"{status} {code}"
-        transient = is_transient_answer(status, code, after_outage=_outages.is_open(server))
+        transient = is_transient_answer(status, code, after_outage=OUTAGES.is_open(server))
     if not transient:
-        _outages.succeeded(server)
+        OUTAGES.succeeded(server)
         return None
     now = time.monotonic()
     own = now - request_dict["context"].setdefault("first_failure", now)
     # Of the whole outage: requests that start in it do not wait longer than those that it began with.
-    since = _outages.failed(server, f"{operation.name} {request_dict['url_path']}: {reason}")
+    since = OUTAGES.failed(server, f"{operation.name} {request_dict['url_path']}: {reason}")
     return next_wait(attempts, max(own, since))
 
 

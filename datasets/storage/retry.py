@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -130,8 +131,12 @@ class Outages:
             self.say(f"{server} answers again, after {now - began:.0f} s")
 
     def is_open(self, server: str) -> bool:
-        """Return whether the server's last request failed."""
-        return server in self._began
+        """Return whether the last request to a server failed; ``server`` may be the end of its name."""
+        return any(name.endswith(server) for name in list(self._began))
+
+
+#: The outages of all servers that this process uses.
+OUTAGES = Outages(time.monotonic)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -142,7 +147,7 @@ def is_transient(error: BaseException) -> bool:
 def is_transient_answer(status: int, code: str | None, *, after_outage: bool = False) -> bool:
     """Return whether a server's response (HTTP status and S3 error code) is a reason to retry.
 
-    ``after_outage``: the server's last request failed, so that it may be starting, and refuse what it does not know yet.
+    ``after_outage``: the last request failed, so that the server may be starting and refuse what it does not know yet.
     """
     if after_outage and (status in _STARTING_STATUS or code in _STARTING_CODES):
         return True

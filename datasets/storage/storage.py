@@ -13,6 +13,14 @@ from typing import Any, TypeVar
 
 from dreamfleet.datasets.decode_text import decode_text
 from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.storage.bucket_keys import (
+    bucket_files,
+    bucket_folders,
+    bucket_has,
+    bucket_size,
+    first_file,
+    is_folder,
+)
 from dreamfleet.datasets.storage.disk import (
     as_storage_error,
     atomic_write,
@@ -24,16 +32,7 @@ from dreamfleet.datasets.storage.disk import (
     tree_size,
     walk,
 )
-from dreamfleet.datasets.storage.object_store import (
-    Bucket,
-    bucket_files,
-    bucket_folders,
-    bucket_has,
-    bucket_size,
-    first_file,
-    is_folder,
-    parse_address,
-)
+from dreamfleet.datasets.storage.object_store import Bucket, parse_address
 
 T = TypeVar("T")
 

@@ -25,6 +25,7 @@ LAYERS = {
     "trainers/models/sampling": "torch diffusers",
     "trainers/artifacts": "torch",
     "trainers/report": "",
+    "trainers/tracking": "torch",
     "trainers/optim": "torch",
     "trainers/methods": "torch",
     "trainers/engines": "torch deepspeed",
@@ -44,6 +45,7 @@ LAYERS = {
     "cluster": "torch",
     "cluster/jobs": "ray",
     "cluster/labeling": "",
+    "cluster/monitoring": "",
     "cluster/cli": "",
 }
 HEAVY = {"torch", "ray", "deepspeed", "diffusers", "transformers"}

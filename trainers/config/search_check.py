@@ -19,7 +19,9 @@ NOT_COMPARABLE = "trials that are measured differently cannot be compared"
 REFUSED = {
     "output_dir": "every trial has a folder of its own",
     "report_to": "it changes no result",
+    "tracking": "it changes no result",
     "search": "a search is not searched",
+    "storage": "it changes no result",
     "scaling": "all trials have search.workers_per_trial processes with search.resources_per_trial",
     "validation": NOT_COMPARABLE,
     "model": NOT_COMPARABLE + "; start a search for each model",

@@ -66,6 +66,11 @@ class TrainConfig(Section):
         3, ge=1, description="checkpoints that are kept; older ones are deleted"
     )
     log_steps: int = Field(10, ge=1, description="optimizer steps between log lines")
+    profile_steps: tuple[int, int] | None = Field(
+        None,
+        description="first and last step, such as [10, 13], whose trace for ui.perfetto.dev every rank writes to "
+        "`profile/` of the run folder; they do not count in times and speeds",
+    )
     save_precision: Literal["fp32", "fp16", "bf16"] = Field(
         "fp32", description="precision of exported models"
     )
@@ -87,6 +92,12 @@ class TrainConfig(Section):
                     f"{one}: {values[0]} and {other}: {values[1]:g} are both set; "
                     f"keep one (an override removes the other: train.{one}=null or train.{other}=null)"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_profile(self) -> TrainConfig:
+        if (steps := self.profile_steps) is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"profile_steps: {steps}: give the first and the last step, such as [10, 13]")
         return self
 
     @model_validator(mode="after")

@@ -55,7 +55,8 @@ class Pulse:
     """Step and phase of a run in this process; ``notice`` is set if the process is to leave.
 
     ``on_steps(step, count, seconds)`` is called before each phase and at least every SECONDS_BETWEEN_REPORTS with the
-    steps since the last call and the time that they took; ``on_phase(phase, step, seconds)`` after each phase.
+    steps since the last call and the time that they took; ``on_phase(phase, step, seconds)`` after each phase;
+    ``on_stage(stage, step)`` at each mark.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,6 +66,7 @@ class Pulse:
         self.notice: Notice | None = None
         self.on_steps: Callable[[int, int, float], None] = lambda step, count, seconds: None
         self.on_phase: Callable[[str, int, float], None] = lambda phase, step, seconds: None
+        self.on_stage: Callable[[str, int], None] = lambda stage, step: None
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self._shapes: set[Any] = set()
         self._count, self._seconds, self._first = 0, 0.0, True
@@ -78,6 +80,7 @@ class Pulse:
     def mark(self, stage: str) -> None:
         """Note that the step has reached ``stage``."""
         self.stage, self._progress = stage, self.clock()
+        self.on_stage(stage, self.step)
 
     def begin_pass(self, batch: Mapping[str, Any], *, last: bool) -> None:
         """Note the begin of a forward and backward pass."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from dreamfleet.datasets.errors import StorageError, UserError
+from dreamfleet.datasets.storage.background import LINES
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.throughput import Pace
 from dreamfleet.trainers.run.run_folder import LOG_FILE, METRICS_FILE, STOP_FILE
@@ -151,6 +152,7 @@ def log_to_run(run: Storage, *, verbose: bool, when: Callable[[], bool] = lambda
         yield
     finally:
         project.removeHandler(handler)
+        handler.write()
 
 
 def be_verbose() -> None:
@@ -242,19 +244,31 @@ class _LocalStopFile:
 
 
 class _RunLog(logging.Handler):
+    """Appends messages to ``run.log``; in a bucket by a thread, since a request may log its own failure."""
+
     def __init__(self, run: Storage):
         super().__init__()
-        self.run, self.is_writing = run, False
+        self.run, self._pending, self._is_queued = run, "", False
+        self._guard, self._writing = threading.Lock(), threading.RLock()
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Writing to a failing bucket logs a warning, which this handler would write to the same bucket.
-        if self.is_writing:
-            return
-        self.is_writing = True
-        try:
-            self.run.append_text(LOG_FILE, self.format(record).replace("\n", "\n  ") + "\n")
-        except Exception:  # noqa: BLE001 - a handler must not raise
-            self.handleError(record)
-        finally:
-            self.is_writing = False
+        with self._guard:
+            self._pending += self.format(record).replace("\n", "\n  ") + "\n"
+            is_queued, self._is_queued = self._is_queued, True
+        if self.run.is_local:
+            self.write()
+        elif not is_queued:
+            LINES.submit(self.write)
+
+    def write(self) -> None:
+        """Write all messages; those that cannot be written are kept for the next time."""
+        with self._writing:
+            with self._guard:
+                text, self._pending, self._is_queued = self._pending, "", False
+            try:
+                if text:
+                    self.run.append_text(LOG_FILE, text)
+            except Exception:  # noqa: BLE001 - a handler must not raise, and a warning would come back here
+                with self._guard:
+                    self._pending = text + self._pending

@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dreamfleet.datasets.environment import environment, secrets_hidden
@@ -39,7 +39,7 @@ class Node:
 
     node_id: str
     address: str
-    resources: Mapping[str, float]
+    resources: Mapping[str, float] = field(hash=False)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,14 @@ class RaySession:
             for entry in ray.nodes()
             if entry["Alive"]
         ]
+
+    def lost_nodes(self) -> list[str]:
+        """Return the addresses of machines that have left the cluster and have not come back."""
+        import ray
+
+        here = {node.address for node in self.nodes()}
+        gone = {entry["NodeManagerAddress"] for entry in ray.nodes() if not entry["Alive"]}
+        return sorted(gone - here)
 
     def growth_limit(self) -> dict[str, float] | None:
         """Return the maximal resources of an autoscaling cluster; None for a fixed set of machines."""

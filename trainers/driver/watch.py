@@ -30,6 +30,7 @@ from dreamfleet.trainers.driver.ray_internals import (
     WorkerGroupPollStatus,
     draining_nodes,
 )
+from dreamfleet.trainers.driver.ray_metrics import publish_runs
 from dreamfleet.trainers.report.events import CONTROLLER, EventLog
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 
@@ -63,6 +64,7 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
     def events(self) -> EventLog:
         """The events of the controller, which is another process than the driver."""
         apply_variables(self.sent)
+        publish_runs()
         return EventLog(self.run, CONTROLLER)
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:

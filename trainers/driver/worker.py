@@ -13,6 +13,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.membership import Left, Membership, own_address
 from dreamfleet.trainers.distributed.pulse import Pulse, training_here
 from dreamfleet.trainers.driver.progress import be_verbose, log_to_run, watch_for_stop
+from dreamfleet.trainers.driver.ray_metrics import publish_runs
 from dreamfleet.trainers.report.events import set_node
 
 # Environment variables that workers get from the driver; no secrets, as Ray displays and logs them.
@@ -39,6 +40,7 @@ def train_worker(
     from dreamfleet.trainers.recipe import build_recipe
     from dreamfleet.trainers.run.run import run_worker
 
+    publish_runs()
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

@@ -92,6 +92,9 @@ class Engine(EngineSpec, ABC):
         """The units of a step that this worker computes: every ``world``-th from its rank."""
         return range(self.rank, self.num_units, self.world)
 
+    #: Whether :meth:`weights` and :meth:`state` return copies in host memory, which training does not change.
+    gathers_state = False
+
     @property
     def regroups(self) -> bool:
         """Whether :meth:`regroup` works: every worker holds the whole state after each step."""

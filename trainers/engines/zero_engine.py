@@ -42,6 +42,8 @@ class ZeroEngine(ZeroSpec, Engine):
     U-Net that exceeds a GPU's memory. All ranks then run every forward pass together, including those of previews.
     """
 
+    gathers_state = True
+
     @classmethod
     def place_model(
         cls, method: Method, config: EngineConfig, *, device: torch.device, dtype: torch.dtype | None

@@ -109,9 +109,9 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
     # For previews, averaged weights are copied beside the model's own. Stage 3 exchanges them in place, and
     # torch uses the average itself if it has the dtype of the weights.
     copies_average = counts.average and run.stage != 3 and (not run.is_torch or counts.bf16_weights)
-    # For a checkpoint, rank 0 gathers ZeRO's states unsharded; torch copies the weights, and one state at a
-    # time.
-    saved = run.width * total if run.is_torch else (4 + 8 + 4 * counts.average) * total
+    # For a checkpoint, rank 0 gathers ZeRO's states unsharded. Torch's are copied into buffers, which stay for the next
+    # one, and the weights are copied once more to be written.
+    saved = run.copied() + run.width * total if run.is_torch else (4 + 8 + 4 * counts.average) * total
     training = workers_per_host * sum(host.values())
     exported = 0 if run.is_torch else 4 * total + (run.stage == 3) * run.width * counts.passed
     return Estimate(
@@ -233,6 +233,12 @@ class _Run:
             "staging": staging + width * self.largest,
             "average": counts.average * 4 * self.part,
         }
+
+    def copied(self) -> int:
+        """Return the bytes of the buffers in host memory into which torch's state is copied for checkpoints."""
+        counts = self.counts
+        states = optimizer_bytes(counts.learning, counts.optimizer, counts.factors)
+        return self.width * self.total + states + 4 * counts.average * self.total
 
     def traffic(self) -> dict[str, int]:
         """Return the bytes that offload moves in one optimizer step of one worker.

@@ -88,6 +88,7 @@ def combine(counts: Counts, full: Pass, half: Pass) -> SlotProfile:
     first = lines["activations"] + gradients
     # Twice the batch of one slot has the gradients and low-precision copies of one slot's weights, not of two.
     further = two.gpu["activations"] - lines["activations"] + gradients + counts.full.casts
+    copied = sum(lines[name] for name in ("weights", "optimizer", "average"))  # by HostCopy, for a checkpoint
     outside = CUDA_CONTEXT + KERNEL_WORKSPACE
     resting = outside + lines["frozen"] + held
     alone = max(size for name, size in one.gpu_moments.items() if name != "training") - resting
@@ -95,8 +96,8 @@ def combine(counts: Counts, full: Pass, half: Pass) -> SlotProfile:
     on_gpu = SlotMemory(outside + lines["frozen"], held, first, further, alone, waiting)
     return SlotProfile(
         gpu=on_gpu,
-        gpu_host=SlotMemory(HOST_PROCESS, counts.latents, first=counts.model),
-        cpu=replace(on_gpu, shared=HOST_PROCESS + lines["frozen"], held=held + counts.latents),
+        gpu_host=SlotMemory(HOST_PROCESS, counts.latents + copied, first=counts.model),
+        cpu=replace(on_gpu, shared=HOST_PROCESS + lines["frozen"], held=held + counts.latents + copied),
     )
 
 

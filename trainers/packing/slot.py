@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from dreamfleet.datasets.errors import ResourceError, RunFailed, UserError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import explain_out_of_memory
@@ -57,6 +58,7 @@ class Slot:
         self._started, self._is_stopped = time.monotonic(), False  # stopped by the source
         self._run, self._resources = Storage(recipe.output_dir), ExitStack()
         self._rounds = NewRounds(self._run, task.figures, last_step=task.last_step)
+        self._resources.enter_context(patience(recipe.storage.patience_seconds))
         self._resources.enter_context(
             log_to_run(self._run, verbose=True, when=lambda: _running.get() in (self, None))
         )

@@ -18,6 +18,7 @@ from typing import Any
 from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.report.observers import tell_observers
 
 FOLDER = "events"
 DRIVER, CONTROLLER = "driver", "controller"  # names of the files of the driver and of Ray Train's controller
@@ -44,7 +45,7 @@ class EventLog:
     """
 
     def __init__(self, run: Storage, name: str):
-        self.file = f"{name}.jsonl"
+        self.file, self._run = f"{name}.jsonl", run
         self._folder = run.child(FOLDER)
         self._pending = ""
         self._changed = threading.Condition()  # guards what follows
@@ -71,6 +72,7 @@ class EventLog:
                 self._changed.notify_all()
         if self._folder.is_local:
             self.flush()
+        tell_observers(self._run, 0 if self.file.startswith("rank-0-") else None, line)
         return line
 
     def flush(self) -> None:

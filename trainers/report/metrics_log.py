@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.storage.background import LINES
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.metrics import metrics_by_figure
+
+log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 BUCKET_SECONDS = (
@@ -18,9 +24,10 @@ BUCKET_SECONDS = (
 
 
 class MetricsLog:
-    """Writes ``metrics.jsonl`` of one run (rank 0 only).
+    """Writes ``metrics.jsonl`` of one run (rank 0 only); its methods may be called by any thread.
 
-    A resumed run first removes the lines after ``start_step``, so that the file is that of an uninterrupted run.
+    Lines of training are written to a bucket by a thread, so that a bucket that is away does not delay the steps. A
+    resumed run first removes the lines after ``start_step``, so that the file is that of an uninterrupted run.
     """
 
     def __init__(self, run: Storage, *, start_step: int = 0):
@@ -28,6 +35,7 @@ class MetricsLog:
         kept = [line for line in read_metrics(run) if line["step"] <= start_step] if start_step else []
         self.run.write_text(FILE, "".join(json_text(line) + "\n" for line in kept))
         self._pending, self._written = "", time.monotonic()
+        self._guard, self._writing = threading.Lock(), threading.Lock()
 
     @classmethod
     def continued(cls, run: Storage, lines: Sequence[dict[str, Any]]) -> MetricsLog:
@@ -43,17 +51,35 @@ class MetricsLog:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line; ``line["step"]`` is the number of finished optimizer steps."""
-        self._pending += json_text(line) + "\n"
+        with self._guard:
+            self._pending += json_text(line) + "\n"
+            is_due = time.monotonic() - self._written >= BUCKET_SECONDS
+            if is_due:
+                self._written = time.monotonic()
         # Write validation rounds immediately, since a search waits for them and reads them from the file.
-        is_round = "loss" not in line
-        if self.run.is_local or is_round or time.monotonic() - self._written >= BUCKET_SECONDS:
+        if self.run.is_local or "loss" not in line:
             self.flush()
+        elif is_due:
+            LINES.submit(self._try_flush)
 
     def flush(self) -> None:
-        """Write all lines to the run folder."""
-        if self._pending:
-            self.run.append_text(FILE, self._pending)
-        self._pending, self._written = "", time.monotonic()
+        """Write all lines to the run folder. Raises StorageError if that fails; the lines are kept."""
+        with self._writing:
+            with self._guard:
+                text, self._pending = self._pending, ""
+            try:
+                if text:
+                    self.run.append_text(FILE, text)
+            except BaseException:
+                with self._guard:
+                    self._pending = text + self._pending
+                raise
+
+    def _try_flush(self) -> None:
+        try:
+            self.flush()
+        except (UserError, RunFailed) as error:  # the last flush of the run raises it, if it lasts
+            log.warning("metrics are not written yet: %s", error)
 
 
 def read_metrics(run: Storage) -> list[dict[str, Any]]:

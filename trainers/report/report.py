@@ -85,6 +85,7 @@ def render(run: Storage, *, describe: Describe) -> str:
         exports=run.path("exports"),
         checkpoints=_checkpoints(folder),
         best_by=figure_title(_best_by(folder)),
+        traces=sorted(run.list("profile")),
         skipped=[(x.get("uri"), x.get("reason")) for x in folder.summary.get("bad_files") or []],
         recipe_text=folder.recipe_text,
     )  # fmt: skip

@@ -72,6 +72,17 @@ class Checkpoints:
         The best checkpoint is not removed. Raises StorageError if the files cannot be written, for example on
         a full disk; earlier checkpoints stay intact.
         """
+        try:
+            self.write(step, learned=learned, engine=engine, meta=meta)
+        except StorageError as error:
+            raise self.explain(step, error) from error
+        self.prune(step)
+        return folder_name(step)
+
+    def write(
+        self, step: int, *, learned: dict[str, Tensor], engine: dict[str, Any], meta: dict[str, Any]
+    ) -> None:
+        """Write the checkpoint of ``step``. Raises StorageError, and leaves no part of it, if that fails."""
         name = folder_name(step)
         writers: dict[str, Callable[[Path], object]] = {
             "learned.safetensors": lambda path: safetensors.torch.save_file(_plain(learned), path),
@@ -81,22 +92,30 @@ class Checkpoints:
             ),
         }
         try:
-            # Remove what a crash may have left: its manifest must not remain beside new files.
-            if self.storage.exists(name):
-                self.storage.remove(name)
+            self._clear(name)
             entries = {file: self._write(f"{name}/{file}", writer) for file, writer in writers.items()}
             self.storage.write_text(
                 f"{name}/{MANIFEST}", json_text({"step": step, "files": entries}, indent=1)
             )
-        except StorageError as error:
+        except StorageError:
             self._remove_quietly(name)
-            earlier = self.steps()
-            kept = (
-                f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
-            )
-            raise StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}") from error
-        self.prune(step)
-        return name
+            raise
+
+    def adopt(self, other: Checkpoints, step: int) -> None:
+        """Copy the checkpoint of ``step`` from another, local folder; its manifest is copied last."""
+        name = folder_name(step)
+        self._clear(name)
+        for file in (*other._read_manifest(name)["files"], MANIFEST):
+            self.storage.upload(other.storage.path(name, file), f"{name}/{file}")
+
+    def explain(self, step: int, error: StorageError) -> StorageError:
+        """Return the error of a save that failed, which names the newest intact checkpoint."""
+        try:
+            earlier = [saved for saved in self.steps() if saved != step]
+        except StorageError:  # the storage cannot be read either
+            earlier = []
+        kept = f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
+        return StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}")
 
     def prune(self, newest: int) -> None:
         """Remove checkpoints beyond the limit, counted from the one of step ``newest``, except the best."""
@@ -203,6 +222,11 @@ class Checkpoints:
             writer(path)
             return dict(zip(("size", "sha256"), _measure(path), strict=True))
 
+    def _clear(self, name: str) -> None:
+        """Remove what a crash may have left of a checkpoint: its manifest must not remain beside new files."""
+        if self.storage.exists(name):
+            self.storage.remove(name)
+
     def _remove_quietly(self, name: str) -> None:
         try:
             self.storage.remove(name)
@@ -227,20 +251,24 @@ def folder_name(step: int) -> str:
 
 def find_not_finite(state: Any, name: str = "") -> str | None:
     """Return the name of a tensor with infinite or NaN values in nested dicts and lists; None without one."""
-    flags = dict(_finite_flags(state, name))
-    if not flags:
+    tensors = dict(_floating(state, name))
+    if not tensors:
         return None
-    home = next(iter(flags.values())).device  # one transfer to the host for all tensors
-    good = torch.stack([flag.to(home) for flag in flags.values()]).tolist()
-    return next((name for name, is_good in zip(flags, good, strict=True) if not is_good), None)
+    # A norm is not finite if an element is not, and is computed ten times as fast as a test of each element. Norms of
+    # large finite elements overflow, so that what they suspect is tested exactly.
+    norms = [torch.linalg.vector_norm(tensor).float() for tensor in tensors.values()]
+    home = norms[0].device  # one transfer to the host for all tensors
+    good = torch.stack([norm.to(home) for norm in norms]).isfinite().tolist()
+    suspects = (name for name, is_good in zip(tensors, good, strict=True) if not is_good)
+    return next((name for name in suspects if not tensors[name].isfinite().all()), None)
 
 
-def _finite_flags(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def _floating(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor) and value.is_floating_point():
-        yield name, value.detach().isfinite().all()
+        yield name, value.detach()
     elif isinstance(value, dict | list | tuple):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _finite_flags(inner, f"{name}.{key}".lstrip("."))
+            yield from _floating(inner, f"{name}.{key}".lstrip("."))
 
 
 def _measure(path: Path) -> tuple[int, str]:

@@ -22,21 +22,28 @@ from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.comparison import LONGEST_SIDE
 from dreamfleet.trainers.report.report import MOST_GRIDS
 from dreamfleet.trainers.run.saved_sizes import WeightSizes, checkpoint_bytes, measure_weights, weight_bytes
+from dreamfleet.trainers.run.spool import spool_root
 
 # Measured on the run folders of the pocket model. Bytes per pixel: PNG; WebP in base64, without loss for small images.
 PNG, SMALL_WEBP, WEBP, SMALL_SIDE = 1.65, 2.1, 0.5, 160
 REAL_IMAGES = 12  # images in samples/real.png
 # Bytes of the text files of a run and of its report, per logged line and per preview image.
-RUN_TEXT, REPORT_TEXT, LINE, CELL = 6_000, 18_000, 160, 160
+RUN_TEXT, REPORT_TEXT, LINE, CELL = 8_000, 18_000, 160, 160
+SPOOLED = 3  # checkpoints of a run on its worker's disk while its bucket is away
 MANY_TRIALS = 100  # of a search that only limits its hours
 
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Bytes on disk by kind of file when a command has ended, at most, and ``writing``: more while it runs."""
+    """Bytes on disk by kind of file when a command has ended, at most, and ``writing``: more while it runs.
+
+    ``spool``: bytes on the disks of the workers for checkpoints that wait for a bucket: the one that is being copied,
+    the best and the newest.
+    """
 
     lines: Mapping[str, int]
     writing: int = 0
+    spool: int = 0
 
     @property
     def total(self) -> int:
@@ -69,7 +76,7 @@ def estimate_run(recipe: Recipe, sizes: WeightSizes, *, images: int | None = Non
         "class images": _class_image_bytes(recipe),
     }
     # A new checkpoint is complete before the oldest is removed.
-    return DiskNeed({name: size for name, size in lines.items() if size}, writing=one)
+    return DiskNeed({name: size for name, size in lines.items() if size}, writing=one, spool=SPOOLED * one)
 
 
 def estimate_many(
@@ -96,7 +103,8 @@ def estimate_many(
         "class images": classes,
     }
     running = at_once * (alone.lines.get("checkpoints", 0) + alone.writing)
-    return DiskNeed({name: size for name, size in lines.items() if size}, writing=running)
+    needed = {name: size for name, size in lines.items() if size}
+    return DiskNeed(needed, writing=running, spool=at_once * alone.spool)
 
 
 def estimate_search(
@@ -107,16 +115,16 @@ def estimate_search(
     return estimate_many(recipe, sizes, runs=trials, at_once=at_once, kept=best, exported=best, images=images)
 
 
-def require_disk(need: DiskNeed, recipe: Recipe, *, what: str = "this run") -> str:
+def require_disk(need: DiskNeed, recipe: Recipe, *, what: str = "this run", on_worker: bool = False) -> str:
     """Return the sentence that states the disk that is needed in ``output_dir``.
 
-    What the folder already holds counts as room. Raises ResourceError if the disk, or the quota on it, has less; the
-    room in a bucket is not known.
+    What the folder already holds counts as room. Raises ResourceError if the disk, or the quota on it, has less. The
+    room in a bucket is not known, but checkpoints pass through the worker's disk. ``on_worker``: this is its machine.
     """
     folder = Storage(recipe.output_dir)
     text = f"{what} needs about {need.describe()} in {recipe.output_dir}"
     if not folder.is_local:
-        return text
+        return f"{text}, {_require_spool(need, on_worker=on_worker)}"
     free, held = free_bytes(Path(folder.path())), folder.size() if folder.exists() else 0
     if need.peak > free + held:
         raise ResourceError(
@@ -124,6 +132,20 @@ def require_disk(need: DiskNeed, recipe: Recipe, *, what: str = "this run") -> s
             f"another disk, or lower what is kept: {', '.join(_remedies(need, recipe))}"
         )
     return f"{text}; {format_size(free)} free"
+
+
+def _require_spool(need: DiskNeed, *, on_worker: bool) -> str:
+    text = f"and up to {format_size(need.spool)} on the worker's disk while the bucket is away"
+    if not on_worker:
+        return text
+    root = spool_root()
+    free = free_bytes(root)
+    if free < need.spool // SPOOLED:
+        raise ResourceError(
+            f"checkpoints of about {format_size(need.spool // SPOOLED)} pass through {root}, and its disk has "
+            f"{format_size(free)} free. Free some space, or set TMPDIR to a folder on another disk"
+        )
+    return f"{text} ({root}; {format_size(free)} free)"
 
 
 def disk_needs(recipe: Recipe) -> dict[str, DiskNeed]:
@@ -142,7 +164,8 @@ def disk_needs(recipe: Recipe) -> dict[str, DiskNeed]:
 
 def require_run_disk(recipe: Recipe, method: Method, *, images: int | None) -> str:
     """Return the statement of :func:`require_disk` for one run."""
-    return require_disk(estimate_run(recipe, measure_weights(recipe, method), images=images), recipe)
+    need = estimate_run(recipe, measure_weights(recipe, method), images=images)
+    return require_disk(need, recipe, on_worker=True)
 
 
 def require_search_disk(recipe: Recipe) -> str:
@@ -168,7 +191,7 @@ def require_fleet_disk(recipe: Recipe, *, subjects: int) -> str:
         if not limits.keep_checkpoints:
             return made
         checkpoints = subjects * estimate_run(recipe, sizes, images=images).lines["checkpoints"]
-        return DiskNeed({**made.lines, "checkpoints": checkpoints}, made.writing)
+        return DiskNeed({**made.lines, "checkpoints": checkpoints}, made.writing, made.spool)
 
     return _state(recipe, f"this fleet of {subjects} subjects", need)
 

@@ -22,6 +22,7 @@ from dreamfleet.trainers.run.disk import require_run_disk
 from dreamfleet.trainers.run.export import write_artifacts
 from dreamfleet.trainers.run.run_folder import open_run_folder
 from dreamfleet.trainers.step_metrics import peak_memory
+from dreamfleet.trainers.tracking.tracker import check_trackers
 
 
 class CheckLine(NamedTuple):
@@ -62,6 +63,8 @@ def _check_on(recipe: Recipe, distributed: DistributedContext) -> list[CheckLine
 
     fine = attempt("output_dir", lambda: _check_output(recipe))
     fine = attempt("pictures", lambda: _check_images(recipe)) and fine
+    if recipe.report_to:
+        attempt("report_to", lambda: _check_trackers(recipe))
     if recipe.validation.holdout:
         attempt(
             "holdout", lambda: f"{len(load_held_out(recipe.validation.holdout or '', recipe.data))} images"
@@ -94,6 +97,11 @@ def _check_images(recipe: Recipe) -> str:
     index = load_sets(recipe.data, excluded=recipe.excluded_folders).instances
     bad = "".join(f"\n  left out {file.uri}: {file.reason}" for file in index.bad)
     return f"{len(index)} images{bad}"
+
+
+def _check_trackers(recipe: Recipe) -> str:
+    check_trackers(recipe)
+    return ", ".join(recipe.report_to)
 
 
 def _check_metrics(recipe: Recipe) -> str:

@@ -12,16 +12,19 @@ from typing import Any
 
 from PIL import Image
 
+from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.pulse import Pulse
 from dreamfleet.trainers.report.events import EventLog, NoEvents, read_events
 from dreamfleet.trainers.report.metrics_log import MetricsLog, logged_figures
+from dreamfleet.trainers.report.observers import tell_observers
 from dreamfleet.trainers.report.timeline import read_timeline
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.provenance import provenance
 from dreamfleet.trainers.run.summary import Summary
-from dreamfleet.trainers.run.tensorboard import TensorBoard
+from dreamfleet.trainers.run.versions import versions
+from dreamfleet.trainers.tracking.tracker import TrackedRun, Trackers, open_trackers
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ class Recorder:
         self.parts, self.run, self.on_progress = parts, run, on_progress
         self.events = events or NoEvents()
         self.metrics: MetricsLog | None = None
-        self.board: TensorBoard | None = None
+        self.trackers = Trackers()
         self.scores: dict[str, float] = {}  # of the newest previews
         # What rank 0 may not have written yet, should this rank have to take over: (time, line)
         self._recent: deque[tuple[float, dict[str, Any]]] = deque(maxlen=KEPT_LINES)
@@ -61,41 +64,41 @@ class Recorder:
         pulse.on_steps, pulse.on_phase = on_steps, on_phase
 
     def open(self, start_step: int, *, engine_reason: str) -> None:
-        """Write ``recipe.yaml`` and open ``metrics.jsonl``, and TensorBoard if ``report_to`` names it."""
+        """Write ``recipe.yaml`` and open ``metrics.jsonl`` and the trackers of ``report_to``."""
         recipe = self.parts.recipe
         head = provenance(self.parts, engine_reason)
         self.run.write_text("recipe.yaml", head + recipe.to_yaml())
         self.metrics = MetricsLog(self.run, start_step=start_step)
-        if "tensorboard" in recipe.report_to:
-            self.board = TensorBoard(self.run, start_step=start_step)
+        self.trackers = open_trackers(TrackedRun(self.run, recipe, start_step, versions()))
 
     @property
     def is_open(self) -> bool:
         """Whether this rank writes the run folder."""
         return self.metrics is not None
 
-    def take_over(self) -> None:
-        """Continue the files of a rank that was lost: add the lines that it logged and did not write."""
+    def take_over(self, step: int) -> None:
+        """Continue the files of a rank that was lost after ``step``: add the lines that it logged and did not write."""
         lines = [line for _, line in self._recent]
         self.metrics = MetricsLog.continued(self.run, lines)
-        if "tensorboard" in self.parts.recipe.report_to:
-            since = time.monotonic() - UNWRITTEN_SECONDS
-            shown = [line for at, line in self._recent if at >= since or not self.run.is_local]
-            self.board = TensorBoard(self.run, start_step=shown[0]["step"] - 1 if shown else 0)
-            for line in shown:
-                self.board.log(line)
+        since = time.monotonic() - UNWRITTEN_SECONDS
+        shown = [line for at, line in self._recent if at >= since or not self.run.is_local]
+        start_step = max(1, shown[0]["step"] - 1 if shown else step)  # 0 would be a new run
+        self.trackers = open_trackers(TrackedRun(self.run, self.parts.recipe, start_step, versions()))
+        for line in shown:
+            self.trackers.log(line)
         self._recent.clear()
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write a line of metrics to the loggers, and pass it to ``on_progress`` with ``total_steps``."""
+        """Write a line of metrics to the log and the trackers on rank 0; pass it to observers on every rank."""
+        shown = {**line, "total_steps": self.parts.schedule.total}
+        tell_observers(self.run, self.parts.distributed.rank, shown)
         if self.metrics is None:
             self._recent.append((time.monotonic(), line))
         else:
             self.metrics.log(line)
-            if self.board is not None:
-                self.board.log(line)
+            self.trackers.log(line)
             if self.on_progress is not None:
-                self.on_progress({**line, "total_steps": self.parts.schedule.total})
+                self.on_progress(shown)
 
     def log_scores(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores of a step's previews; the summary contains the newest scores."""
@@ -107,20 +110,26 @@ class Recorder:
         self.events.flush()
         if self.metrics is not None:
             self.metrics.flush()
-        if self.board is not None:
-            self.board.flush()
+        self.trackers.flush()
+
+    def flush_after_error(self) -> None:
+        """Write the lines of a run that failed; log an error of this, which must not replace the run's own."""
+        try:
+            self.flush()
+        except (UserError, RunFailed) as error:
+            log.warning("not all metrics could be written: %s", error)
 
     def write_grid(
         self, name: str, images: Sequence[Image.Image], *, columns: int, step: int | None = None
     ) -> None:
-        """Write images as one PNG; with ``step`` also to the loggers that ``report_to`` names."""
+        """Write images as one PNG; with ``step`` also to the trackers that ``report_to`` names."""
         from dreamfleet.trainers.models.sampling.sample import image_grid
 
         grid, buffer = image_grid(images, columns), io.BytesIO()
         grid.save(buffer, "PNG")
         self.run.write_bytes(name, buffer.getvalue())
-        if self.board is not None and step is not None:
-            self.board.log_image("samples", grid, step)
+        if step is not None:
+            self.trackers.log_image("samples", grid, step)
 
     def close(self, summary: Summary) -> None:
         """Write ``summary.json`` and ``report.html``."""
@@ -135,6 +144,5 @@ class Recorder:
             summary.timeline = timeline.summary()
         self.run.write_text("summary.json", json_text(dataclasses.asdict(summary), indent=1))
         self.flush()
-        if self.board is not None:
-            self.board.close()
+        self.trackers.close(dataclasses.asdict(summary))
         write_report(self.run, describe=describe)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from typing import Any
 
 import torch
 
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
@@ -56,7 +57,7 @@ def run_worker(
     worker becomes the one that writes the run folder. Raises what :meth:`Membership.next_generation` raises.
     """
     clock = Clock(waited)
-    with on_device(device, remedies=TRAINING) as settled:
+    with patience(recipe.storage.patience_seconds), on_device(device, remedies=TRAINING) as settled:
         return drive(
             run_steps(
                 recipe,
@@ -110,8 +111,7 @@ def run_steps(
         )
 
     if membership is None:
-        session = start()
-        with closing(session):
+        with start() as session:
             session.open()
             return session.finish((yield from session.train()))
     return (yield from _follow(membership, distributed, start, pulse, on_main))
@@ -174,7 +174,7 @@ def _follow(
                 broke_at = time.monotonic()
     finally:
         if session is not None:
-            session.close()
+            session.close(*sys.exc_info())
 
 
 def _start(

@@ -13,7 +13,6 @@ from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.membership import Membership
 from dreamfleet.trainers.distributed.pulse import Preempted, Pulse
 from dreamfleet.trainers.distributed.roster import Generation
-from dreamfleet.trainers.distributed.tensor_tree import broadcast_tree
 from dreamfleet.trainers.loop import Hooks, Outcome, Progress, Training, train
 from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
@@ -26,6 +25,8 @@ from dreamfleet.trainers.run.export import export_artifacts
 from dreamfleet.trainers.run.recorder import Recorder
 from dreamfleet.trainers.run.restore import restore
 from dreamfleet.trainers.run.rounds import complete_line, complete_round
+from dreamfleet.trainers.run.share_state import share_state
+from dreamfleet.trainers.run.stages import make_stages
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary, summarise
 
@@ -67,13 +68,23 @@ class Session:
                 parts, Storage(recipe.output_dir), on_progress=on_progress, events=events
             )
             self.recorder.follow(pulse)
+            self.stages = make_stages(
+                self.recorder.run, distributed.device, recipe.train.profile_steps, rank=distributed.rank
+            )
+            pulse.on_stage = self.stages.mark
             # some metrics compare with the untuned model
             self.evaluation = Evaluation(parts, self.recorder)
             start_step = restore(found, parts) if found else 0
             clock.resume(found.meta.get("seconds", {}) if found else {})
             self.checkpointing = Checkpointing(
-                parts, checkpoints, clock, start_step=start_step, after_save=self.recorder.flush
+                parts,
+                checkpoints,
+                clock,
+                start_step=start_step,
+                after_save=self.recorder.flush,
+                events=events,
             )
+            undo.enter_context(self.checkpointing)  # completes the saves, also if the run fails
             self.hooks = self._make_hooks()
             self.progress = Progress(parts.engine, parts.schedule, start_step, self.hooks)
             self._release = undo.pop_all()
@@ -84,9 +95,15 @@ class Session:
         assert self.progress.done is not None
         return self.progress.done
 
-    def close(self) -> None:
-        """Release the engine, and close the events."""
-        self._release.close()
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close(*error)
+
+    def close(self, *error: Any) -> None:
+        """Complete the saves, release the engine and close the events; ``error``: as a context's, if there is one."""
+        self._release.__exit__(*(error or (None, None, None)))
         self.recorder.events.close()
 
     def open(self) -> None:
@@ -126,9 +143,11 @@ class Session:
                     progress=self.progress,
                 )
             )
+        except BaseException:
+            self.recorder.flush_after_error()  # a failed run keeps its metrics
+            raise
         finally:
             self.pulse.report()
-            self.recorder.flush()  # also after an error, so that a failed run keeps its metrics
 
     def warm_up(self) -> Training[None]:
         """Run one forward and backward pass whose result is dropped, before the other workers wait for this one."""
@@ -148,7 +167,7 @@ class Session:
         began = time.monotonic() if broke_at is None else broke_at
         parts.engine.regroup(distributed.rank, distributed.world)
         if generation.stale:
-            self._share_state(generation)
+            share_state(parts, self.checkpointing, self.progress, generation)
         takes_over = distributed.is_main and not self.recorder.is_open
         if takes_over:
             self._take_over()
@@ -182,6 +201,10 @@ class Session:
     def finish(self, outcome: Outcome) -> Summary:
         """Export the artifacts of a completed run with ``train.export``; write the summary and the report."""
         parts, distributed, recorder = self.parts, self.distributed, self.recorder
+        self.stages.close()
+        with self.pulse.during("save"):
+            self.checkpointing.finish()
+        recorder.flush()
         if outcome.exit_reason == "interrupted":
             self._leave_if_preempted(outcome.step)
         summary = summarise(parts, outcome, self.checkpointing, self.engine_reason)
@@ -207,7 +230,8 @@ class Session:
         return summary
 
     def leave(self) -> None:
-        """Leave the run, which other workers continue."""
+        """Complete what this worker writes before it leaves the run, which other workers continue."""
+        self.checkpointing.saves.finish()
         self.recorder.flush()
 
     def _make_hooks(self) -> Hooks:
@@ -223,16 +247,26 @@ class Session:
             checkpointing.keep_best(step, recorder.scores)  # which rank 0 has
 
         return Hooks(
-            log=recorder.log,
+            log=self._log,
             save=checkpointing.save,
             sample=sample,
             validate=validate,
-            should_stop=lambda: self.should_stop() or (self.pulse.notice is not None and not self._can_leave),
+            should_stop=self._must_stop,
             should_regroup=self._wants_regroup,
             should_save=lambda: self.pulse.notice is not None,
             saved=lambda: checkpointing.saved,
+            is_profiled=self.stages.is_profiled,
             pulse=self.pulse,
         )
+
+    def _log(self, line: dict[str, Any]) -> None:
+        times = self.stages.read(line["step"]) if "loss" in line else {}
+        self.recorder.log({**line, **times})
+
+    def _must_stop(self) -> bool:
+        """Return whether the run is to stop: on request, if a save failed for good, or with its last worker."""
+        noticed = self.pulse.notice is not None and not self._can_leave
+        return self.should_stop() or self.checkpointing.has_failed or noticed
 
     @property
     def _can_leave(self) -> bool:
@@ -258,31 +292,9 @@ class Session:
             self.recorder.events.close()
             raise Preempted(f"rank {rank} was given notice ({reason}): checkpoint of step {step} saved")
 
-    def _share_state(self, generation: Generation) -> None:
-        """Send the state of the generation's source to every member."""
-        engine, method = self.parts.engine, self.parts.method
-        assert generation.source is not None
-        self.progress.done, steps = None, self.progress.done  # until the whole state is here
-        holds = self.distributed.rank == generation.source
-        tree = {
-            "weights": engine.weights(),
-            "engine": engine.state(),
-            "steps_before": method.steps_before,
-            "start_step": self.checkpointing.start_step,
-            "seconds": self.clock.lap(),
-        }
-        tree = broadcast_tree(tree if holds else None, source=generation.source, distributed=self.distributed)
-        if not holds and steps != generation.done:
-            engine.load_weights(tree["weights"])
-            engine.load_state(tree["engine"])
-            method.steps_before = tree["steps_before"]
-            self.checkpointing.start_step = tree["start_step"]
-        if steps is None:
-            self.clock.adopt(tree["seconds"])
-        self.progress.done = generation.done
-
     def _take_over(self) -> None:
         """Become the rank that writes the run folder, after the one before was lost or left."""
         self.recorder.events = open_rank_events(self.recorder.run, 0)
-        self.recorder.take_over()
+        self.checkpointing.saves.events = self.recorder.events
+        self.recorder.take_over(self.done)
         self.checkpointing.recall_best(self.recorder.run)

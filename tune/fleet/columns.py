@@ -32,6 +32,7 @@ _REFUSED = {
     "fleet": _WHOLE_FLEET,
     "search": _WHOLE_FLEET,
     "scaling": _WHOLE_FLEET,
+    "storage": _WHOLE_FLEET,
     "data.train_data_dir": _OTHER_IMAGES,
     "data.concepts_list": _OTHER_IMAGES,
 }

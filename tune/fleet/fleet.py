@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.fleet import FleetConfig
 from dreamfleet.trainers.driver.preflight import check_exists
@@ -19,6 +20,7 @@ from dreamfleet.trainers.recipe import Recipe, build_recipe, load_recipe, read_t
 from dreamfleet.trainers.run.disk import require_fleet_disk
 from dreamfleet.trainers.run.run_folder import locked
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
+from dreamfleet.trainers.tracking.tracker import check_trackers
 from dreamfleet.tune.fleet.columns import IMAGES
 from dreamfleet.tune.fleet.finisher import Finisher
 from dreamfleet.tune.fleet.fleet_rows import FleetRows
@@ -106,7 +108,11 @@ def fleet(
     display = Display()
     display.say(run.require_disk())
     run.open(resume=resume)
-    with locked(run.folder), stop_on_signal(run.folder, display.say) as stop:
+    with (
+        patience(base.storage.patience_seconds),
+        locked(run.folder),
+        stop_on_signal(run.folder, display.say) as stop,
+    ):
         reason = run.train(stop, display, address=address, shared=shared)
     return run.result(reason, seconds=time.monotonic() - began)
 
@@ -140,6 +146,7 @@ class _Fleet:
 
     def check_inputs(self) -> None:
         """Check the files that all subjects need; their images were checked with the table."""
+        check_trackers(self.recipe)
         self.recipe.with_deepspeed_file()
         for named in self.recipe.paths:
             if named.field.kind != "images":

@@ -22,7 +22,7 @@ from dreamfleet.tune.fleet.subjects import PLACEHOLDER, SubjectRecipes, Subjects
 
 RECIPE = "fleet.yaml"
 # Sections that may change when a fleet is resumed: they determine how subjects are run, not what they train.
-CHANGEABLE = ("fleet", "search", "scaling", "output_dir", "report_to")
+CHANGEABLE = ("fleet", "search", "scaling", "storage", "output_dir", "report_to", "tracking")
 # Sections that determine what a subject trains.
 TRAINED = ("method", "model", "data", "train", "optimizer")
 

@@ -83,6 +83,7 @@ class SubjectRecipes:
     def __init__(self, base: Recipe, folder: str):
         self.base, self.folder = base, folder
         self._tree = base.model_dump(mode="json", exclude={"search", "fleet"})
+        self._tree["tracking"] = base.tracking.of_group(base.output_dir).model_dump(mode="json")
         self._made: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def tree(self, values: Mapping[str, Any]) -> dict[str, Any]:

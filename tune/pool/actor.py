@@ -18,6 +18,7 @@ from dreamfleet.datasets.environment import apply_variables
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.config.scaling import WorkerShare
+from dreamfleet.trainers.driver.ray_metrics import publish_runs
 from dreamfleet.trainers.packing.task import End, Task
 from dreamfleet.tune.pool.dispatch import Events
 from dreamfleet.tune.pool.remote_source import RemoteSource
@@ -73,6 +74,7 @@ class PoolActor:
         os.environ.update(settings.environment)
         apply_variables(settings.sent)
         self.settings = settings
+        publish_runs()
         import torch
 
         from dreamfleet.trainers.packing.runner import run_tasks

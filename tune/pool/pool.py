@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
-from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.packing import find_unpackable
@@ -22,6 +21,7 @@ from dreamfleet.trainers.packing.task import Task, TaskSource
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.signals import Stop
+from dreamfleet.trainers.tracking.tracker import variables_for
 from dreamfleet.tune.pool.dispatch import Dispatcher, Events
 from dreamfleet.tune.pool.room import Demand, Room, limit_slots, plan_room
 from dreamfleet.tune.pool.slots import fit_slots
@@ -195,7 +195,7 @@ def _worker_maker(
         uses_gpu=share.uses_gpu,
         gpu_share=share.gpu_share,
         environment=worker_environment(share.threads),
-        sent=variables_to_send(buckets="://" in recipe.to_yaml()),
+        sent=variables_for(recipe),
         recipe=recipe.model_dump(mode="json", exclude={"search", "fleet"}),
         host_share=1 / room.per_machine,
     )

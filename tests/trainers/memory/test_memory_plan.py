@@ -22,7 +22,7 @@ from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.batches.feed import REMEMBERED
 from dreamfleet.trainers.config.units import parse_size
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
-from dreamfleet.trainers.memory.estimate import GIB, cheapest_fit, estimate, estimate_all
+from dreamfleet.trainers.memory.estimate import GIB, cheapest_fit, estimate, estimate_all, optimizer_bytes
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.strategies import CHOICES, EngineChoice
 from dreamfleet.trainers.memory.trace import precision
@@ -269,7 +269,9 @@ def test_every_worker_of_a_host_counts() -> None:
         for many in (1, 4)
     )
     assert together["training"] == 4 * apart["training"]
-    assert apart["saving"] - apart["training"] == together["saving"] - together["training"] == 4 * GIB
+    # Weights, moments and step counts are copied, and the weights once more to be written.
+    copied = 4 * GIB + optimizer_bytes(simple_counts().learning) + 4 * GIB
+    assert apart["saving"] - apart["training"] == together["saving"] - together["training"] == copied
 
 
 @pytest.mark.slow

@@ -28,7 +28,8 @@ from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
 from dreamfleet.trainers.run.evaluation import Evaluation
-from dreamfleet.trainers.run.run import newest_checkpoint, run_worker
+from dreamfleet.trainers.run.restore import newest_checkpoint
+from dreamfleet.trainers.run.run import run_worker
 from dreamfleet.trainers.run.stopwatch import Clock
 
 TEXTUAL_INVERSION = {"name": "textual_inversion", "placeholder_token": "<x>", "num_vectors": 2}

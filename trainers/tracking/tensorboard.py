@@ -4,57 +4,53 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
+from dreamfleet.trainers.tracking.tracker import TrackedRun, Tracker, flatten
 
-from dreamfleet.datasets.storage.storage import Storage
+if TYPE_CHECKING:  # recipes load without PIL
+    from PIL import Image
 
 
-class TensorBoard:
-    """Writes ``tensorboard/`` in a run folder. A resumed run hides the events after ``start_step``."""
+class TensorBoard(Tracker):
+    """Writes ``tensorboard/`` in the run folder. A resumed run hides the events after its first step."""
 
-    def __init__(self, run: Storage, *, start_step: int = 0):
+    def __init__(self, run: TrackedRun):
+        super().__init__(run)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run, self._local = run, None
-        if run.is_local:
-            folder = run.path("tensorboard")
+        self._local = None
+        if run.folder.is_local:
+            folder = run.folder.path("tensorboard")
         else:  # a bucket has no append: event files are written locally and uploaded with every flush
             self._local = tempfile.TemporaryDirectory(prefix="dreamfleet-tensorboard-")
             folder = self._local.name
-        self._writer = SummaryWriter(folder, purge_step=start_step + 1 if start_step else None, flush_secs=10)
+        start = run.start_step
+        self._writer = SummaryWriter(folder, purge_step=start + 1 if start else None, flush_secs=10)
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: Mapping[str, Any]) -> None:
         """Write the finite numbers of a line of metrics; nested dicts become ``key/inner`` tags."""
-        for tag, value in _flatten(line).items():
+        for tag, value in flatten(line).items():
             if tag != "step" and isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(tag, value, line["step"])
 
     def log_image(self, tag: str, image: Image.Image, step: int) -> None:
         """Write an RGB image ``[H, W, 3]`` under ``tag``."""
+        import numpy as np
+
         self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
     def flush(self) -> None:
         """Write all events so far to the run folder."""
         self._writer.flush()
         if self._local is not None:
-            self.run.upload(Path(self._local.name), "tensorboard")
+            self.run.folder.upload(Path(self._local.name), "tensorboard")
 
-    def close(self) -> None:
+    def close(self, results: Mapping[str, Any] | None) -> None:
         """Flush and close the event files."""
         self.flush()
         self._writer.close()
         if self._local is not None:
             self._local.cleanup()
-
-
-def _flatten(line: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in line.items():
-        flat.update(
-            _flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat
