@@ -3,23 +3,31 @@
 DreamBooth of the cat with class images on the pocket model, STEPS steps (60) of 6 units of one image and one class
 image. Every run has the same images and noise. ``difference`` is the norm of the difference of the trained weights,
 over the norm of what the training changed; ``largest`` is the largest difference of a weight.
+
+``exchange``: seconds to sum 64 MiB of gradients over processes of this machine, without overlap, by an all-reduce of
+gloo and by the exchange in unit order. An argument selects a part: ``weights`` or ``exchange``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import write_result
+from measure import spread, write_result
 
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.process_group import leave_group
+from dreamfleet.trainers.engines.gradient_exchange import GradientExchange
 from dreamfleet.trainers.recipe import Recipe, build_recipe
+from dreamfleet.trainers.run.build import assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.run import run_worker
 
@@ -101,14 +109,59 @@ def weights_of(folder: Path, name: str) -> torch.Tensor:
     return torch.cat([value.double().flatten() for value in found.learned.values()])
 
 
-def main() -> None:
-    """Train every run, and write and print the differences."""
+def time_exchange(rank: int, world: int, folder: Path) -> None:
+    """Time both sums as one rank of ``world``; rank 0 writes the seconds."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/exchange-{world}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    params = [torch.nn.Parameter(torch.zeros(2**18)) for _ in range(64)]
+    exchange = GradientExchange(params, num_units=world, by_unit=True)
+    exchange.join(rank, world)
+    whole = torch.ones(2**24)
+
+    def in_order() -> None:
+        for param in params:
+            param.grad = torch.ones_like(param)
+        dist.barrier()
+        exchange.begin()
+        exchange.end()
+        exchange.finish()
+
+    def all_reduce() -> None:
+        dist.barrier()
+        dist.all_reduce(whole.fill_(1.0))
+
+    seconds: dict[str, list[float]] = {"all-reduce": [], "in unit order": []}
+    for _ in range(8):
+        for name, run in (("all-reduce", all_reduce), ("in unit order", in_order)):
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    if rank == 0:
+        found = {name: spread(each[1:]) for name, each in seconds.items()}
+        (folder / f"exchange-{world}.json").write_text(json.dumps(found))
+    leave_group()
+
+
+def measure_exchange() -> dict[str, Any]:
+    """Return the seconds of both sums by number of workers."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for world in (2, 3, 4):
+            torch.multiprocessing.start_processes(
+                time_exchange, args=(world, folder), nprocs=world, start_method="fork"
+            )
+            found[f"{world} workers"] = json.loads((folder / f"exchange-{world}.json").read_text())
+            print(f"{world} workers: {found[f'{world} workers']}", file=sys.stderr, flush=True)
+    return found
+
+
+def measure_weights() -> dict[str, Any]:
+    """Train every run; return the differences."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        from dreamfleet.trainers.distributed.context import DistributedContext
-        from dreamfleet.trainers.run.build import assemble
-
         parts = assemble(recipe_of(folder, "start"), DistributedContext())
         start = torch.cat([value.double().flatten().clone() for value in parts.engine.weights().values()])
         parts.engine.close()
@@ -124,8 +177,11 @@ def main() -> None:
                     "largest": float((found - base).abs().max()),
                 }
                 print(f"{name}: {figures[name]}", file=sys.stderr, flush=True)
-    write_result("world_sizes", {"steps": STEPS, "units": UNITS, "runs": figures})
+    return {"steps": STEPS, "units": UNITS, "runs": figures}
 
+
+PARTS = {"weights": measure_weights, "exchange": measure_exchange}
 
 if __name__ == "__main__":
-    main()
+    chosen = {name: PARTS[name]() for name in sys.argv[1:] or PARTS}
+    write_result("world_sizes", chosen, how=f"STEPS={STEPS} python benchmarks/world_sizes.py {' '.join(chosen)}")

@@ -131,7 +131,7 @@ def _fit_on_ray(
 
     run = Storage(recipe.output_dir)
     if starts_private_ray(address):
-        require_room_here(recipe.scaling)
+        require_room_here(recipe.scaling, evaluates=recipe.validation.resources)
     with ray_session(address, preload=("ray.train.torch",)) as session:
         stop.listen()
         share = preflight(recipe, session, display.say, shared=shared)

@@ -143,6 +143,8 @@ def train(
     except StopTraining:
         engine.drop_gradients()
         return loop.interrupt(step)
+    finally:
+        hooks.pulse.end()
     return Outcome(schedule.total, "completed", progress.meter.figures)
 
 

@@ -279,6 +279,7 @@ def trial_recipe(recipe: Recipe, point: Point, output_dir: str, *, workers: int 
     """
     tree = _put(recipe, point, output_dir)
     tree["scaling"]["num_workers"] = workers
+    tree["validation"]["resources"] = None  # rounds on the trial's own workers: the search waits for them
     tree["train"]["export"] = False  # the search exports the trials that it keeps
     tree["tracking"] = recipe.tracking.of_group(recipe.output_dir).model_dump(mode="json")
     return build_recipe(tree, source=f"trial of {point}")

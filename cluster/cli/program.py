@@ -83,7 +83,7 @@ def check(
         device = "cuda" if loaded.scaling.use_gpu and "GPU" in this_machine() else "cpu"
         lines = [("recipe", True, str(recipe))]
         lines += [(line.name, line.ok, line.detail) for line in check_run(loaded, device=device)]
-        lines.append(check_resources(loaded.scaling, address))
+        lines.append(check_resources(loaded, address))
     if as_json:
         print_json([{"name": name, "ok": ok, "detail": detail} for name, ok, detail in lines])
     else:

@@ -41,6 +41,7 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
         }
     changes["dropout"] = {"method": LORA, "train__gradient_accumulation_steps": 1}
     changes["prior"] = {"method": PRIOR, "train__gradient_accumulation_steps": 3}
+    changes["all-reduce"] = {"engine": {"gradient_exchange": "step"}}
     changes["buckets"] = {"data__instance_data_dir": str(folder / "shapes"), **tiny.SHAPES}
     return changes
 

@@ -21,7 +21,7 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.report.report import render
 from dreamfleet.trainers.run.checkpoint import Checkpoints
-from dreamfleet.trainers.run.evaluation import Evaluation
+from dreamfleet.trainers.run.evaluation import Evaluation, Previews
 from dreamfleet.trainers.run.run import run_worker
 
 
@@ -173,9 +173,7 @@ def test_the_best_checkpoint_can_be_that_of_a_score_of_the_previews(
     """Scores are logged after the held-out loss, whose lowest value is at step 4."""
     measure(monkeypatch, LOSSES)
     scores = {0: 0.9, 2: 0.1, 4: 0.2, 6: 0.4, 8: 0.3, 10: 0.4}
-    monkeypatch.setattr(
-        Evaluation, "draw", lambda self, step: self.recorder.log_scores(step, {"clip_i": scores[step]})
-    )
+    monkeypatch.setattr(Evaluation, "draw", lambda self, step: Previews(b"", [], {"clip_i": scores[step]}))
     tree = holdout_tree(tmp_path)
     tree["validation"] |= {"prompts": ["a <x>"], "metrics": ["clip_i"], "metric_for_best": "clip_i"}
     summary = run_worker(build_recipe(tree), should_stop=tiny.Stop(8))
@@ -217,3 +215,12 @@ def test_without_the_best_checkpoint_the_best_existing_one_is_named(
     Checkpoints(run).drop(4)
     assert run_worker(build_recipe(tree), resume=True).best_checkpoint == "step-000006"
     assert 4 in {line["step"] for line in read_metrics(run) if "holdout_loss" in line}
+
+
+def test_the_progress_of_a_loop_is_marked() -> None:
+    phases: list[str] = []
+    hooks = Hooks(save=lambda step: phases.append(hooks.pulse.phase), saved=lambda: 2)
+    loop(RandomEngine(), hooks, steps=3)
+    assert phases == ["save"] * 3
+    beat = hooks.pulse.beat()
+    assert (beat.step, beat.phase, beat.saved) == (3, "end", 2), "what follows the loop would count as a hang"

@@ -49,11 +49,7 @@ def find_conflicts(
             "data.enable_bucket cannot be combined with prior preservation: class images would need the sizes of their "
             "instance images; set enable_bucket: false, or method.with_prior_preservation: false"
         )
-    found += [
-        f"validation.metrics: {name} needs {NEEDS['dino']}"
-        for name in validation.metrics
-        if "dino" in METRICS.get(name).needs and not validation.dino
-    ]
+    found += _validation_conflicts(validation, train, scaling)
     fused = {
         f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (
             train.gradient_accumulation_steps > 1
@@ -68,6 +64,31 @@ def find_conflicts(
         for setting, is_set in fused.items()
         if optimizer.fused_backward and is_set
     ]
+    return found
+
+
+def _validation_conflicts(
+    validation: ValidationConfig, train: TrainConfig, scaling: ScalingConfig
+) -> list[str]:
+    """Return an error for each metric without its model, and for resources that cannot compute the rounds."""
+    found = [
+        f"validation.metrics: {name} needs {NEEDS['dino']}"
+        for name in validation.metrics
+        if "dino" in METRICS.get(name).needs and not validation.dino
+    ]
+    if validation.resources is not None and scaling.is_local:
+        found.append(
+            "validation.resources starts a process on a Ray cluster, and scaling.num_workers: 0 trains without Ray; "
+            "set num_workers: 1 (a local Ray is started if there is no cluster), or leave validation.resources out"
+        )
+    if (
+        validation.resources is not None
+        and "GPU" not in validation.resources
+        and train.mixed_precision == "fp16"
+    ):
+        found.append(
+            "validation.resources without a GPU cannot compute in train.mixed_precision: fp16; add GPU: 1, or use bf16"
+        )
     return found
 
 

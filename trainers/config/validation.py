@@ -71,6 +71,11 @@ class ValidationConfig(Section):
     greater_is_better: bool | None = Field(
         None, description="whether higher values of metric_for_best are better; default: true for scores"
     )
+    resources: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        description="Ray resources, such as {CPU: 4} or {GPU: 1}, of a process of its own that computes the rounds "
+        "from checkpoints while the training continues; default: the workers compute them between two steps",
+    )
     clip: Annotated[str | None, PathField("model")] = Field(
         None, description="CLIP folder for clip_i, clip_t and fidelity; default: the pocket model's CLIP"
     )

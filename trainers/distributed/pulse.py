@@ -11,8 +11,9 @@ from typing import Any
 
 RECENT_STEPS = 100
 SECONDS_BETWEEN_REPORTS = 10.0
-#: phases: before the first step is done, a pass over a batch of a new shape (which may compile), and any other step
-START, NEW_SHAPE, STEP = "start", "new shape", "step"
+#: phases: before the first step is done, a pass over a batch of a new shape (which may compile), any other step, and
+#: after the last one
+START, NEW_SHAPE, STEP, END = "start", "new shape", "step", "end"
 #: stages of a step in which a worker may wait for the others
 WAITING_STAGES = frozenset({"last pass", "reduce"})
 
@@ -74,7 +75,7 @@ class Pulse:
 
     def resume(self, step: int) -> None:
         """Set the number of finished steps at the start of the loop, from the checkpoint of that step, if not 0."""
-        self.step, self.saved = step, step or None
+        self.step, self.saved, self.phase, self._first = step, step or None, START, True
         self._progress = self._since = self._reported = self.clock()
 
     def mark(self, stage: str) -> None:
@@ -101,6 +102,11 @@ class Pulse:
         self.mark("")
         if now - self._reported >= SECONDS_BETWEEN_REPORTS:
             self.report()
+
+    def end(self) -> None:
+        """Note that the loop is over: what follows, such as an export, may take any time."""
+        self.phase = END
+        self.mark("")
 
     def report(self) -> None:
         """Pass the steps since the last report to ``on_steps``."""

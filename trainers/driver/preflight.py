@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dreamfleet.datasets.errors import DataError, ModelError, RecipeError, UserError
+from dreamfleet.datasets.errors import DataError, ModelError, RecipeError, ResourceError, UserError
 from dreamfleet.datasets.path_field import NamedPath
 from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.conflicts import require_runnable
 from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.config.scaling import (
+    Resources,
     ScalingConfig,
     WorkerShare,
     describe,
@@ -41,6 +42,7 @@ def preflight(
     """
     nodes = [node.resources for node in session.nodes()]
     limit = session.growth_limit()
+    nodes = reserve(nodes, recipe.validation.resources, limit=limit)
     share = worker_resources(recipe.scaling, nodes, limit=limit)
     refuse_impossible(recipe.scaling, share.resources, nodes, limit=limit)
     require_runnable(recipe.train, recipe.optimizer, has_gpu=share.uses_gpu)
@@ -59,6 +61,32 @@ def preflight(
                 f"{describe(share.resources)}; free now: {describe(session.free())}"
             )
     return share
+
+
+def reserve(
+    nodes: Sequence[Resources], resources: Resources | None, *, limit: Resources | None = None
+) -> list[Resources]:
+    """Return the machines without ``validation.resources``, which one process needs on one of them.
+
+    They are taken from a machine that keeps the most GPUs for workers. On an autoscaling cluster (``limit``), another
+    machine may be started for them. Raises ResourceError if no machine has them.
+    """
+    left = [dict(node) for node in nodes]
+    if not resources:
+        return [*left]
+    fitting = [node for node in left if workers_that_fit(resources, [node])]
+    if not fitting:
+        if limit and all(amount <= limit.get(name, 0) for name, amount in resources.items()):
+            return [*left]
+        have = "; ".join(describe(node) for node in nodes) or "no machines"
+        raise ResourceError(
+            f"validation.resources: no machine of the cluster has {describe(resources)} ({have}); ask for less, or "
+            "leave validation.resources out: the workers then compute the rounds"
+        )
+    chosen = min(fitting, key=lambda node: (node.get("GPU", 0), -node.get("CPU", 0)))
+    for name, amount in resources.items():
+        chosen[name] -= amount
+    return [*left]
 
 
 def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
@@ -129,7 +157,10 @@ def this_machine() -> dict[str, float]:
     return resources
 
 
-def require_room_here(scaling: ScalingConfig) -> None:
-    """Raise ResourceError, without starting Ray, if this machine alone cannot hold the workers."""
-    here = [this_machine()]
+def require_room_here(scaling: ScalingConfig, *, evaluates: Mapping[str, float] | None = None) -> None:
+    """Raise ResourceError, without starting Ray, if this machine alone cannot hold the workers.
+
+    ``evaluates``: ``validation.resources``, which they leave free.
+    """
+    here = reserve([this_machine()], evaluates)
     refuse_impossible(scaling, worker_resources(scaling, here).resources, here)

@@ -90,10 +90,11 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
         self._listen(workers)
         self._give_notices(workers)
         vacant = getattr(self.group, "vacancies", ())  # places whose worker is being replaced
-        heard = {rank: self.heard[_key(one)] for rank, one in enumerate(workers) if rank not in vacant}
-        if not worker_group_status.finished and (
-            hang := find_hang(heard, time.monotonic(), self.hang_timeout)
-        ):
+        living = {rank: worker for rank, worker in enumerate(workers) if rank not in vacant}
+        heard = {rank: self.heard[_key(worker)] for rank, worker in living.items()}
+        if worker_group_status.finished or any(_key(worker) in self.hung for worker in living.values()):
+            return  # the end of a worker that hung is reported by one of the next polls
+        if hang := find_hang(heard, time.monotonic(), self.hang_timeout):
             self._end_hang(hang, workers)
 
     # progress
@@ -135,9 +136,10 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
     def _judge(self, status: WorkerGroupPollStatus, workers: list[Worker]) -> None:
         """Count a failure; raise the reason if it ends the run."""
         errors = status.errors
-        for error in (error for _, error in sorted(errors.items())):
+        for rank, error in sorted(errors.items()):
             if isinstance(error, UserError | RunFailed):
-                self.events.add("failure", cause="mistake", error=f"{type(error).__name__}: {error}"[:1000])
+                text = f"{type(error).__name__}: {error}"[:1000]
+                self.events.add("failure", cause="mistake", rank=rank, error=text, action="end")
                 raise error
         hung = [rank for rank, worker in enumerate(workers) if _key(worker) in self.hung]
         drained = [rank for rank, worker in enumerate(workers) if worker.metadata.node_id in self.drained]
@@ -153,9 +155,8 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
             rank=reported.rank,
             node=workers[reported.rank].metadata.node_ip if reported.rank < len(workers) else None,
         )
-        if (
-            self.budget.is_spent
-        ):  # a checkpoint that was complete just before the failure may not have been heard of
+        if self.budget.is_spent:
+            # A checkpoint that was complete just before the failure may not have been heard of.
             self.budget.note_saved(self._newest_checkpoint())
         decision = self.budget.see(failure)
         self.events.add(

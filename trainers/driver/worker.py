@@ -37,6 +37,7 @@ def train_worker(
     import ray.train.torch
     import torch
 
+    from dreamfleet.trainers.driver.evaluator import RayEvaluator
     from dreamfleet.trainers.recipe import build_recipe
     from dreamfleet.trainers.run.run import run_worker
 
@@ -56,9 +57,8 @@ def train_worker(
         watch_for_stop(run, watch=watches) as should_stop,
         _membership(coordinator, rank, world, config["backend"]) as membership,
     ):
-        if (
-            device.type == "cuda" and membership is not None
-        ):  # Ray numbers the workers of a node only as a group
+        if device.type == "cuda" and membership is not None:
+            # Ray numbers the workers of a node only if they start as one group.
             os.environ["LOCAL_RANK"] = str(device.index or 0)
         try:
             summary = run_worker(
@@ -73,6 +73,9 @@ def train_worker(
                 pulse=pulse,
                 membership=membership,
                 on_main=be_verbose,
+                make_evaluator=lambda begins: RayEvaluator(
+                    recipe, sent, environment=worker_environment, begins=begins
+                ),
             )
         except Left as left:
             return {"left": str(left)}

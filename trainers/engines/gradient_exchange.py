@@ -1,10 +1,11 @@
-"""Sums the gradients of a step's units over the workers, in the order of the units."""
+"""Sums the gradients of a step's units over the workers: in the order of the units, or with an all-reduce."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,18 +21,13 @@ ALIGNED = (
 class GradientExchange:
     """Sums the gradients of ``num_units`` units over the workers, and leaves the sum in every worker's parameters.
 
-    In round k the workers compute the units k * world to (k + 1) * world - 1. Each worker owns an equal part of the
-    flat gradients, receives that part from the others (all-to-all) and adds the units in their order. After the last
-    round the sums are gathered. An all-reduce adds in an order that depends on the number of workers, and so does a
-    worker that first adds its own units. Here the order is always that of one worker that computes all units, so with
-    equal gradients the sum is equal in every bit.
+    In round k the workers compute the units k * world to (k + 1) * world - 1. With ``by_unit``, every round ends with
+    an exchange (:class:`_UnitOrder`), and the sum is equal in every bit on any number of workers. Otherwise each worker
+    adds its own units, and the last round ends with an all-reduce (:class:`_AllReduce`), which sends less.
 
-    A bucket of gradients is sent as soon as the backward pass has computed it. With p bytes of gradients, a worker
-    sends p bytes per round and p for the gathering: as much as an all-reduce (2 p) if the step has one round. With
-    ``by_unit`` false each worker adds its own units first, and there is one round per step.
-
-    Parameters without a gradient count as zero. Every worker calls :meth:`begin`, :meth:`end` and :meth:`finish` in the
-    same order; a worker without a unit in the last round calls only :meth:`finish`.
+    A bucket of gradients is sent as soon as the backward pass has computed it. Parameters without a gradient count as
+    zero. Every worker calls :meth:`begin`, :meth:`end` and :meth:`finish` in the same order; a worker without a unit in
+    the last round calls only :meth:`finish`.
     """
 
     def __init__(self, params: Sequence[nn.Parameter], *, num_units: int, by_unit: bool):
@@ -55,15 +51,14 @@ class GradientExchange:
     def reset(self) -> None:
         """Drop the sums of an unfinished step."""
         self._round, self._active, self._is_open, self._next = 0, 0, False, 0
-        self._sums: list[Tensor | None] = [None] * len(self.buckets)
-        self._sent: deque[_Sent] = deque()
+        kind = _UnitOrder if self.by_unit else _AllReduce
+        self._sums: list[_Sum] = [kind(bucket, self.rank, self.world) for bucket in self.buckets]
+        self._sent: deque[_Sum] = deque()
         self._ready = [0] * len(self.buckets)
 
     def begin(self) -> None:
         """Start a round, before the backward pass of this worker's unit; its gradients are sent as they appear."""
-        self._active = (
-            min(self.world, self.num_units - self._round * self.world) if self.by_unit else self.world
-        )
+        self._active = min(self.world, self.num_units - self._round * self.world)
         self._is_open, self._next, self._ready = True, 0, [0] * len(self.buckets)
 
     def end(self) -> None:
@@ -71,7 +66,7 @@ class GradientExchange:
         while self._next < len(self.buckets):
             self._send()
         while self._sent:
-            self._add()
+            self._sent.popleft().add()
         self._round, self._is_open = self._round + 1, False
 
     def finish(self) -> None:
@@ -79,11 +74,8 @@ class GradientExchange:
         while self._round < self.rounds:
             self.begin()
             self.end()
-        for bucket, own in zip(self.buckets, self._sums, strict=True):
-            assert own is not None
-            whole = own.new_empty(self.world * len(own))
-            dist.all_gather_into_tensor(whole.view(torch.uint8), own.view(torch.uint8))
-            bucket.unpack(whole.to(bucket.params[0].device))
+        for bucket, each in zip(self.buckets, self._sums, strict=True):
+            bucket.unpack(each.whole().to(bucket.params[0].device))
         self.reset()
 
     def close(self) -> None:
@@ -103,42 +95,99 @@ class GradientExchange:
             self._send()
 
     def _send(self) -> None:
-        """Send the next bucket's parts to their owners, if this worker has a unit in this round."""
-        bucket, number = self.buckets[self._next], self._next
+        """Send the next bucket."""
+        self._sums[self._next].send(self._active)
+        self._sent.append(self._sums[self._next])
         self._next += 1
-        part = bucket.part(self.world)
-        device = _exchange_device(bucket.params[0].device)
-        sends = self.rank < self._active
-        given = bucket.pack(part * self.world, device) if sends else bucket.empty(0, device)
-        found = bucket.empty(part * self._active, device)
-        size = part * found.element_size()
-        work = dist.all_to_all_single(
-            found.view(torch.uint8),
-            given.view(torch.uint8),
-            [size * (rank < self._active) for rank in range(self.world)],
+        if len(self._sent) > IN_FLIGHT:
+            self._sent.popleft().add()
+
+
+class _Sum(ABC):
+    """The sum of one bucket's gradients over the units of a step, as one worker of ``world``."""
+
+    def __init__(self, bucket: _Bucket, rank: int, world: int):
+        self.bucket, self.rank, self.world = bucket, rank, world
+        self._work: Any = None  # the exchange in progress
+
+    @abstractmethod
+    def send(self, active: int) -> None:
+        """Start the exchange of a round in which the first ``active`` workers have a unit; take the gradients."""
+
+    @abstractmethod
+    def add(self) -> None:
+        """Wait for that exchange, and add its units."""
+
+    @abstractmethod
+    def whole(self) -> Tensor:
+        """Return the sum as a flat buffer, after the last round."""
+
+
+class _UnitOrder(_Sum):
+    """Adds the units in their order: each worker owns an equal part of the gradients and adds that part of every unit.
+
+    The parts are sent with an all-to-all, and the sums are gathered after the last round. An all-reduce adds in an
+    order that depends on the number of workers, and so does a worker that first adds its own units. Here the order is
+    always that of one worker that computes all units, so with equal gradients the sum is equal in every bit.
+
+    With p bytes of gradients, a worker sends p bytes per round and p for the gathering: as much as an all-reduce (2 p)
+    if the step has one round. Between nodes of several GPUs, the all-to-all crosses a node's link more often than a
+    ring does.
+    """
+
+    def __init__(self, bucket: _Bucket, rank: int, world: int):
+        super().__init__(bucket, rank, world)
+        self._own: Tensor | None = None  # this worker's part of the sum so far
+        self._found = self._given = torch.empty(0)  # parts that are received, and sent
+
+    def send(self, active: int) -> None:
+        part, device = self.bucket.part(self.world), _exchange_device(self.bucket.params[0].device)
+        sends = self.rank < active
+        self._given = self.bucket.pack(part * self.world, device) if sends else self.bucket.empty(0, device)
+        self._found = self.bucket.empty(part * active, device).view(active, part)
+        size = part * self._found.element_size()
+        self._work = dist.all_to_all_single(
+            self._found.view(-1).view(torch.uint8),
+            self._given.view(torch.uint8),
+            [size * (rank < active) for rank in range(self.world)],
             [size * sends] * self.world,
             async_op=True,
         )
-        self._sent.append(_Sent(number, work, found, given))
-        if len(self._sent) > IN_FLIGHT:
-            self._add()
 
-    def _add(self) -> None:
-        """Wait for the oldest bucket that was sent, and add its units to the sum in their order."""
-        number, work, found, _ = self._sent.popleft()
-        work.wait()
-        for unit in found.view(self._active, -1):
-            own = self._sums[number]
-            self._sums[number] = unit.clone() if own is None else own.add_(unit)
+    def add(self) -> None:
+        self._work.wait()
+        for unit in self._found:
+            self._own = unit.clone() if self._own is None else self._own.add_(unit)
+        self._found = self._given = torch.empty(0)
+
+    def whole(self) -> Tensor:
+        assert self._own is not None
+        whole = self._own.new_empty(self.world * len(self._own))
+        dist.all_gather_into_tensor(whole.view(torch.uint8), self._own.view(torch.uint8))
+        self._own = None
+        return whole
 
 
-class _Sent(NamedTuple):
-    """A bucket on its way; ``given`` is kept until it has been sent."""
+class _AllReduce(_Sum):
+    """Adds the workers' sums of their own units with an all-reduce; rounding depends on the number of workers.
 
-    number: int
-    work: Any
-    found: Tensor
-    given: Tensor
+    With p bytes of gradients, a worker sends 2 p per step.
+    """
+
+    def __init__(self, bucket: _Bucket, rank: int, world: int):
+        super().__init__(bucket, rank, world)
+        self._flat = torch.empty(0)
+
+    def send(self, active: int) -> None:
+        self._flat = self.bucket.pack(self.bucket.size, _exchange_device(self.bucket.params[0].device))
+        self._work = dist.all_reduce(self._flat, async_op=True)
+
+    def add(self) -> None:
+        self._work.wait()
+
+    def whole(self) -> Tensor:
+        flat, self._flat = self._flat, torch.empty(0)
+        return flat
 
 
 class _Bucket:

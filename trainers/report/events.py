@@ -75,6 +75,11 @@ class EventLog:
         tell_observers(self._run, 0 if self.file.startswith("rank-0-") else None, line)
         return line
 
+    def tell(self, kind: str, **details: Any) -> None:
+        """Pass an event to the observers of this process, without writing it."""
+        rank = 0 if self.file.startswith("rank-0-") else None
+        tell_observers(self._run, rank, {"kind": kind, **details})
+
     def flush(self) -> None:
         """Write all events to the run folder; log a warning if that fails, and keep them for the next time."""
         with self._writing:
@@ -132,6 +137,9 @@ class NoEvents(EventLog):
     ) -> dict[str, Any]:
         """Discard an event."""
         return {}
+
+    def tell(self, kind: str, **details: Any) -> None:
+        """Discard an event."""
 
     def flush(self) -> None:
         """Do nothing."""

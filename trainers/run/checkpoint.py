@@ -54,6 +54,7 @@ class Checkpoints:
     def __init__(self, run: Storage, *, limit: int | None = None):
         self.storage, self.limit = run.child("checkpoints"), limit
         self.best: int | None = None  # the step whose checkpoint is kept beyond the limit
+        self.in_use = set[int]()  # steps whose checkpoints another process reads; they are kept as well
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, oldest first."""
@@ -122,7 +123,7 @@ class Checkpoints:
         # Later checkpoints do not count: the run was not resumed from them, so they are damaged.
         until_now = [step for step in self.steps() if step <= newest]
         for old in until_now[: -self.limit] if self.limit else []:
-            if old != self.best:
+            if old != self.best and old not in self.in_use:
                 self.drop(old)
 
     def drop(self, step: int) -> None:

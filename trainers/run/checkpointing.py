@@ -47,11 +47,19 @@ class Checkpointing:
         self.saved = start_step or None
         self.metric = parts.recipe.validation.metric_for_best
         self.sign = -1 if parts.recipe.validation.maximises else 1
+        self.released = set[
+            int
+        ]()  # steps that were saved only for rounds in another process, which are finished
         self.best_loss = math.inf  # the best value so far, negated where higher is better
         self.bests: list[int] = []  # the steps of the best checkpoints so far, the newest last
         self.host = HostCopy()
         self.saves = Saves(
-            checkpoints, bests=self.bests, is_due=self._is_due, after_save=after_save, events=events
+            checkpoints,
+            bests=self.bests,
+            released=self.released,
+            is_due=self._is_due,
+            after_save=after_save,
+            events=events,
         )
 
     def recall_best(self, run: Storage) -> None:
@@ -127,6 +135,20 @@ class Checkpointing:
             return max((step for step in (stored, known) if step is not None), default=None)
 
         self.saved = self.parts.distributed.on_rank_0(newest)
+
+    def settle(self, step: int, figures: Mapping[str, float]) -> None:
+        """Keep or release the checkpoint of ``step`` after its round in another process; rank 0 only.
+
+        As :meth:`keep_best`; the checkpoint exists already, and is released if it was saved for the round alone.
+        """
+        self.checkpoints.in_use.discard(step)
+        loss = self.sign * figures.get(self.metric, math.inf * self.sign)
+        if step > 0 and math.isfinite(loss) and loss < self.best_loss:
+            self.bests.append(step)
+            self.best_loss = loss
+        elif not self._is_due(step):
+            self.released.add(step)
+        self.saves.tidy(self.saved or step)
 
     @property
     def best(self) -> str | None:

@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from PIL import Image
 
+from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images.masks import ImageView
 from dreamfleet.datasets.index.index import Index
-from dreamfleet.datasets.index.sets import load_held_out
-from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.index.sets import Sets, load_held_out
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.vae_encoding import read_cut, read_pixels
 from dreamfleet.trainers.config.image_request import ImageRequest
 from dreamfleet.trainers.config.metrics import image_metrics
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLoss
 from dreamfleet.trainers.evaluation.judge import Judge, References
 from dreamfleet.trainers.evaluation.loss_metrics import MeasuredRun, ModelMetric, make_model_metrics
 from dreamfleet.trainers.evaluation.previews import class_requests, generate_shared, preview_cells
 from dreamfleet.trainers.evaluation.score import MOST_REAL, words_to_strip
 from dreamfleet.trainers.evaluation.untuned import UntunedImages, untuned_images
+from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.diffusion_method import require_diffusion
 from dreamfleet.trainers.methods.image_method import ImageMethod
-from dreamfleet.trainers.run.build import Parts
-from dreamfleet.trainers.run.recorder import Recorder
+from dreamfleet.trainers.recipe import Recipe
 
 log = logging.getLogger(__name__)
+
+
+class Evaluated(Protocol):
+    """The parts of a run that an evaluation uses."""
+
+    recipe: Recipe
+    distributed: DistributedContext
+    sets: Sets
+    method: Method
+    engine: Engine
+    held_out: Index | None
+
+
+@dataclass(frozen=True)
+class Previews:
+    """The preview images of one step: their grid as a PNG file, the prompt, seed and scores of each, and the scores."""
+
+    grid: bytes
+    cells: list[dict[str, Any]]
+    scores: dict[str, float]
 
 
 class Evaluation:
@@ -41,8 +64,8 @@ class Evaluation:
     Raises UserError for held-out images that cannot be read.
     """
 
-    def __init__(self, parts: Parts, recorder: Recorder):
-        self.parts, self.recorder = parts, recorder
+    def __init__(self, parts: Evaluated):
+        self.parts = parts
         recipe, distributed = parts.recipe, parts.distributed
         # With an engine in lockstep every rank computes everything.
         self.sharing = DistributedContext(device=distributed.device) if parts.engine.lockstep else distributed
@@ -85,11 +108,6 @@ class Evaluation:
         if self.untuned is not None:
             self.untuned = self._load_untuned()
 
-    def write_real_images(self) -> None:
-        """Write a grid of up to 12 training images to ``samples/real.png``; rank 0 only."""
-        images = self._load_real(self.parts.sets.instances)[:12]
-        self.recorder.write_grid("samples/real.png", images, columns=min(6, len(images)))
-
     def measure(self) -> dict[str, float]:
         """Return the metrics of held-out images, ``holdout_loss`` among them, and of the model; {} without any."""
         engine = self.parts.engine
@@ -101,11 +119,11 @@ class Evaluation:
         found = engine.evaluate(lambda: [each.figures(engine) for each in measured])
         return {name: value for figures in found for name, value in figures.items()}
 
-    def draw(self, step: int) -> None:
-        """Generate the preview images of a step; rank 0 writes their grid and logs their scores."""
+    def draw(self, step: int) -> Previews | None:
+        """Generate the preview images of a step; rank 0 returns them with their scores. None without prompts."""
         parts, validation = self.parts, self.parts.recipe.validation
         if not validation.prompts:
-            return
+            return None
         requests, cells = preview_cells(validation, parts.recipe.data.resolution)
         if step == 0 and self.untuned is not None:
             images, class_images = self.untuned.previews, self.untuned.class_images
@@ -115,22 +133,20 @@ class Evaluation:
             images, class_images = parts.engine.evaluate(
                 lambda: (generate(requests), generate(self.class_requests))
             )
-        parts.distributed.on_rank_0(lambda: self._write_previews(step, images, class_images, cells))
+        made: list[Previews] = []
+        parts.distributed.on_rank_0(lambda: made.append(self._score(images, class_images, cells)))
+        return made[0] if made else None
 
-    def _write_previews(
+    def _score(
         self,
-        step: int,
         images: Sequence[Image.Image],
         class_images: Sequence[Image.Image],
         cells: list[dict[str, Any]],
-    ) -> None:
-        validation = self.parts.recipe.validation
+    ) -> Previews:
+        validation, scores = self.parts.recipe.validation, {}
         if validation.preview_metrics:
             scores = self._load_judge().score(images, cells, class_images=class_images)
-            self.recorder.log_scores(step, scores)
-        name = f"samples/step-{step:06d}"
-        self.recorder.write_grid(f"{name}.png", images, columns=validation.num_images, step=step)
-        self.recorder.run.write_text(f"{name}.jsonl", "\n".join(map(json_text, cells)) + "\n")
+        return Previews(to_grid(images, columns=validation.num_images), cells, scores)
 
     def _load_untuned(self) -> UntunedImages | None:
         """Return the untuned model's images if a metric uses them; every rank calls it."""
@@ -150,28 +166,44 @@ class Evaluation:
     def _load_judge(self) -> Judge:
         if self._judge is None:
             recipe, instances = self.parts.recipe, self.parts.sets.instances
-            real, untuned = self._load_real(self.real), self.untuned or UntunedImages()
+            real, untuned = load_real(self.real, recipe.data), self.untuned or UntunedImages()
             references = References(
                 real=real,
                 masks=self._load_masks(self.real),
-                training=real if self.real is instances else self._load_real(instances),
+                training=real if self.real is instances else load_real(instances, recipe.data),
                 base=untuned.previews,
                 base_class_images=untuned.class_images,
             )
             self._judge = Judge(recipe.validation, references=references, strip=words_to_strip(recipe))
         return self._judge
 
-    def _load_real(self, index: Index) -> list[Image.Image]:
-        arrays = [
-            (read_pixels(uri, self.parts.recipe.data).transpose(1, 2, 0) + 1) * 127.5
-            for uri in index.column("uri")[:MOST_REAL]
-        ]
-        return [Image.fromarray(array.round().clip(0, 255).astype("uint8")) for array in arrays]
-
     def _load_masks(self, index: Index) -> list[Image.Image]:
-        """Return the mask of each image that :meth:`_load_real` returns; none without ``data.alpha_mask``."""
+        """Return the mask of each image that :func:`load_real` returns; none without ``data.alpha_mask``."""
         data = self.parts.recipe.data
         if not data.alpha_mask:
             return []
         views = [ImageView(row, size=(data.resolution,) * 2) for row in range(min(MOST_REAL, len(index)))]
         return [Image.fromarray(read_cut(index, view, data)[..., 3]) for view in views]
+
+
+def load_real(index: Index, data: DataConfig) -> list[Image.Image]:
+    """Return the first ``MOST_REAL`` images of an index, cropped as a square."""
+    arrays = [
+        (read_pixels(uri, data).transpose(1, 2, 0) + 1) * 127.5 for uri in index.column("uri")[:MOST_REAL]
+    ]
+    return [Image.fromarray(array.round().clip(0, 255).astype("uint8")) for array in arrays]
+
+
+def training_grid(parts: Evaluated) -> bytes:
+    """Return a grid of up to 12 training images as a PNG file."""
+    images = load_real(parts.sets.instances, parts.recipe.data)[:12]
+    return to_grid(images, columns=min(6, len(images)))
+
+
+def to_grid(images: Sequence[Image.Image], *, columns: int) -> bytes:
+    """Return images as one PNG file."""
+    from dreamfleet.trainers.models.sampling.sample import image_grid
+
+    buffer = io.BytesIO()
+    image_grid(images, columns).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -7,7 +7,7 @@ import io
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
@@ -21,6 +21,7 @@ from dreamfleet.trainers.report.metrics_log import MetricsLog, logged_figures
 from dreamfleet.trainers.report.observers import tell_observers
 from dreamfleet.trainers.report.timeline import read_timeline
 from dreamfleet.trainers.run.build import Parts
+from dreamfleet.trainers.run.evaluation import Previews
 from dreamfleet.trainers.run.provenance import provenance
 from dreamfleet.trainers.run.summary import Summary
 from dreamfleet.trainers.run.versions import versions
@@ -119,17 +120,14 @@ class Recorder:
         except (UserError, RunFailed) as error:
             log.warning("not all metrics could be written: %s", error)
 
-    def write_grid(
-        self, name: str, images: Sequence[Image.Image], *, columns: int, step: int | None = None
-    ) -> None:
-        """Write images as one PNG; with ``step`` also to the trackers that ``report_to`` names."""
-        from dreamfleet.trainers.models.sampling.sample import image_grid
-
-        grid, buffer = image_grid(images, columns), io.BytesIO()
-        grid.save(buffer, "PNG")
-        self.run.write_bytes(name, buffer.getvalue())
-        if step is not None:
-            self.trackers.log_image("samples", grid, step)
+    def write_previews(self, step: int, previews: Previews) -> None:
+        """Log the scores of a step's previews, and write their grid to the run folder and the trackers."""
+        if previews.scores:
+            self.log_scores(step, previews.scores)
+        name = f"samples/step-{step:06d}"
+        self.run.write_bytes(f"{name}.png", previews.grid)
+        self.trackers.log_image("samples", Image.open(io.BytesIO(previews.grid)), step)
+        self.run.write_text(f"{name}.jsonl", "\n".join(map(json_text, previews.cells)) + "\n")
 
     def close(self, summary: Summary) -> None:
         """Write ``summary.json`` and ``report.html``."""

@@ -24,6 +24,7 @@ from dreamfleet.trainers.report.events import open_rank_events
 from dreamfleet.trainers.run.build import Load
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.restore import newest_checkpoint
+from dreamfleet.trainers.run.rounds import MakeEvaluator
 from dreamfleet.trainers.run.session import Session
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary
@@ -43,6 +44,7 @@ def run_worker(
     pulse: Pulse | None = None,
     membership: Membership | None = None,
     on_main: Callable[[], None] = lambda: None,
+    make_evaluator: MakeEvaluator | None = None,
 ) -> Summary:
     """Train a whole run on this worker; return the run's summary, which is the same on every rank.
 
@@ -50,7 +52,9 @@ def run_worker(
     that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
     valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
     the run. ``waited``: the seconds before this worker was started, which count as start-up. ``pulse``: the progress,
-    which other threads read. Raises Preempted after a checkpoint if a worker was given notice to leave.
+    which other threads read. ``make_evaluator``: starts the process that computes the rounds with
+    ``validation.resources``; without it the workers compute them. Raises Preempted after a checkpoint if a worker was
+    given notice to leave.
 
     ``membership``: the workers come and go, and it opens their process groups; ``rank`` and ``world`` are then
     ignored. Without it the caller has opened the one group of ``world`` workers. ``on_main`` is called when this
@@ -71,6 +75,7 @@ def run_worker(
                 pulse=pulse,
                 membership=membership,
                 on_main=on_main,
+                make_evaluator=make_evaluator,
             )
         )
 
@@ -88,6 +93,7 @@ def run_steps(
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
     membership: Membership | None = None,
     on_main: Callable[[], None] = lambda: None,
+    make_evaluator: MakeEvaluator | None = None,
 ) -> Training[Summary]:
     """Train a whole run as :func:`run_worker`; a generator that yields micro-batches and is sent their losses.
 
@@ -105,6 +111,7 @@ def run_steps(
             settle=settle,
             membership=membership,
             pulse=pulse,
+            make_evaluator=make_evaluator,
             load=load,
             should_stop=should_stop,
             on_progress=on_progress,

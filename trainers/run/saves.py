@@ -29,7 +29,8 @@ class Saves:
     within ``storage.patience`` while further saves go into the spool: of those only the newest and the best are kept.
 
     ``bests``: the steps of the best checkpoints so far, the newest last, appended by the owner. ``is_due``: whether a
-    step is saved by the schedule; others are removed when they are no longer the best. ``after_save`` is called after
+    step is saved by the schedule; others are removed when they are no longer the best, and ``released`` ones when there
+    is a newer one. ``after_save`` is called after
     each complete save. All methods are called by the thread of the run.
     """
 
@@ -38,11 +39,14 @@ class Saves:
         checkpoints: Checkpoints,
         *,
         bests: list[int],
+        released: set[int] | None = None,
         is_due: Callable[[int], bool],
         after_save: Callable[[], None] = lambda: None,
         events: EventLog | None = None,
     ):
-        self.checkpoints, self.bests, self.is_due, self.after_save = checkpoints, bests, is_due, after_save
+        self.checkpoints, self.bests = checkpoints, bests
+        self.released = set() if released is None else released
+        self.is_due, self.after_save = is_due, after_save
         self.events = events or NoEvents()
         self.error: Exception | None = None
         self._spool: Spool | None = None
@@ -80,6 +84,7 @@ class Saves:
         not be changed before the next :meth:`require_room`. ``seconds``: how long the save stopped the training.
         """
         began = time.monotonic()
+        self.events.tell("uploads", waiting=1 + len(self._spooled))
 
         def write() -> None:
             if self._target is None:
@@ -183,6 +188,7 @@ class Saves:
     def _complete(self, step: int, seconds: float, began: float) -> None:
         self._tidy(step)
         self.events.add("save", step=step, seconds=seconds, background_seconds=time.monotonic() - began)
+        self.events.tell("uploads", waiting=len(self._spooled))
         try:
             self.after_save()
         except (
@@ -195,8 +201,9 @@ class Saves:
         stored = self.checkpoints.steps()
         # A best checkpoint that is not stored yet does not release the one before.
         best = next((step for step in reversed(self.bests) if step in stored), None)
-        for step in dict.fromkeys(self.bests):
-            if step in stored and step != best and not self.is_due(step):
+        kept = {best, *self.checkpoints.in_use}
+        for step in dict.fromkeys([*self.bests, *(self.released - {newest})]):
+            if step in stored and step not in kept and not self.is_due(step):
                 self.checkpoints.drop(step)
         self.checkpoints.best = best
         self.checkpoints.prune(newest)

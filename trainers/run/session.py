@@ -20,15 +20,16 @@ from dreamfleet.trainers.report.events import EventLog, open_rank_events
 from dreamfleet.trainers.run.build import Load, assemble
 from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
-from dreamfleet.trainers.run.evaluation import Evaluation
+from dreamfleet.trainers.run.evaluation import Evaluation, training_grid
 from dreamfleet.trainers.run.export import export_artifacts
 from dreamfleet.trainers.run.recorder import Recorder
 from dreamfleet.trainers.run.restore import restore
-from dreamfleet.trainers.run.rounds import complete_line, complete_round
+from dreamfleet.trainers.run.rounds import MakeEvaluator, choose_evaluation, make_rounds
 from dreamfleet.trainers.run.share_state import share_state
 from dreamfleet.trainers.run.stages import make_stages
 from dreamfleet.trainers.run.stopwatch import Clock
 from dreamfleet.trainers.run.summary import Summary, summarise
+from dreamfleet.trainers.run.unlogged import complete_line
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Session:
         pulse: Pulse,
         should_stop: Callable[[], bool] = lambda: False,
         membership: Membership | None = None,
+        make_evaluator: MakeEvaluator | None = None,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
         load: Load = load_model,
     ):
@@ -73,7 +75,7 @@ class Session:
             )
             pulse.on_stage = self.stages.mark
             # some metrics compare with the untuned model
-            self.evaluation = Evaluation(parts, self.recorder)
+            self.evaluation = choose_evaluation(parts, make_evaluator)
             start_step = restore(found, parts) if found else 0
             clock.resume(found.meta.get("seconds", {}) if found else {})
             self.checkpointing = Checkpointing(
@@ -84,7 +86,9 @@ class Session:
                 after_save=self.recorder.flush,
                 events=events,
             )
+            self.rounds = make_rounds(self.evaluation, self.recorder, self.checkpointing, begins=begins)
             undo.enter_context(self.checkpointing)  # completes the saves, also if the run fails
+            undo.enter_context(closing(self.rounds))
             self.hooks = self._make_hooks()
             self.progress = Progress(parts.engine, parts.schedule, start_step, self.hooks)
             self._release = undo.pop_all()
@@ -107,21 +111,17 @@ class Session:
         self.recorder.events.close()
 
     def open(self) -> None:
-        """Write the first files of the run folder; for a new run, evaluate with ``sample_at_first``."""
+        """Write the first files of the run folder, and compute the validation rounds that are due at the start."""
         recorder, start_step = self.recorder, self.checkpointing.start_step
 
         def begin() -> None:
             recorder.open(start_step, engine_reason=self.engine_reason)
             self.checkpointing.recall_best(recorder.run)
             if start_step == 0:
-                self.evaluation.write_real_images()
+                recorder.run.write_bytes("samples/real.png", training_grid(self.parts))
 
         self.distributed.on_rank_0(begin)
-        if start_step == 0 and self.recipe.validation.sample_at_first:
-            if figures := self.evaluation.measure():
-                recorder.log({"step": 0, **figures})
-            self.evaluation.draw(0)
-        complete_round(self.recorder, self.hooks, self.done)
+        self.rounds.complete(start_step)
         self.is_open = True
         self.clock.ready()
         recorder.events.add("ready", step=start_step, seconds=self.clock.start_up)
@@ -172,7 +172,8 @@ class Session:
         if takes_over:
             self._take_over()
         self.checkpointing.regroup(took_over=takes_over)
-        self.evaluation.regroup()
+        if isinstance(self.evaluation, Evaluation):
+            self.evaluation.regroup()
         seconds = time.monotonic() - began
         if distributed.is_main:
             log.info(
@@ -194,14 +195,18 @@ class Session:
             lost=list(generation.lost),
             left=list(generation.left),
         )
-        if generation.broke:
+        if generation.broke and self.done > 0:
             complete_line(self.recorder, self.progress)
-            complete_round(self.recorder, self.hooks, self.done)
+            if parts.schedule.saves_at(self.done):
+                self.checkpointing.save(self.done)
+            self.rounds.complete(self.done)
 
     def finish(self, outcome: Outcome) -> Summary:
         """Export the artifacts of a completed run with ``train.export``; write the summary and the report."""
         parts, distributed, recorder = self.parts, self.distributed, self.recorder
         self.stages.close()
+        with self.pulse.during("evaluation"):
+            self.rounds.finish(is_complete=outcome.exit_reason == "completed")
         with self.pulse.during("save"):
             self.checkpointing.finish()
         recorder.flush()
@@ -235,33 +240,22 @@ class Session:
         self.recorder.flush()
 
     def _make_hooks(self) -> Hooks:
-        recorder, checkpointing, evaluation = self.recorder, self.checkpointing, self.evaluation
-
-        def validate(step: int) -> dict[str, float]:
-            if figures := evaluation.measure():
-                checkpointing.keep_best(step, figures)
-            return figures
-
-        def sample(step: int) -> None:
-            evaluation.draw(step)
-            checkpointing.keep_best(step, recorder.scores)  # which rank 0 has
-
         return Hooks(
             log=self._log,
-            save=checkpointing.save,
-            sample=sample,
-            validate=validate,
+            save=self.checkpointing.save,
+            sample=self.rounds.sample,
+            validate=self.rounds.validate,
             should_stop=self._must_stop,
             should_regroup=self._wants_regroup,
             should_save=lambda: self.pulse.notice is not None,
-            saved=lambda: checkpointing.saved,
+            saved=lambda: self.checkpointing.saved,
             is_profiled=self.stages.is_profiled,
             pulse=self.pulse,
         )
 
     def _log(self, line: dict[str, Any]) -> None:
         times = self.stages.read(line["step"]) if "loss" in line else {}
-        self.recorder.log({**line, **times})
+        self.rounds.log({**line, **times})
 
     def _must_stop(self) -> bool:
         """Return whether the run is to stop: on request, if a save failed for good, or with its last worker."""

@@ -110,7 +110,9 @@ class Group:
 
     def _recipe(self, task: Task) -> Recipe:
         scaling = {**task.recipe.get("scaling", {}), **self.scaling}
-        return build_recipe({**task.recipe, "scaling": scaling})
+        # The pool has not reserved a place for a process that computes the rounds.
+        validation = {**task.recipe.get("validation", {}), "resources": None}
+        return build_recipe({**task.recipe, "scaling": scaling, "validation": validation})
 
     def _report(self, task: Task, rounds: NewRounds) -> None:
         for figures in rounds.take():

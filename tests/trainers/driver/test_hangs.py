@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dreamfleet.trainers.distributed.pulse import NEW_SHAPE, START, STEP, Beat
+from dreamfleet.trainers.distributed.pulse import END, NEW_SHAPE, START, STEP, Beat
 from dreamfleet.trainers.driver.hangs import Hang, Heard, find_hang
 
 NOW = 1000.0
@@ -30,7 +30,7 @@ def test_a_step_hangs_after_ten_times_the_slowest_one_and_a_minute() -> None:
     assert ranks(beat(9), beat(9), timeout=8) is not None
 
 
-@pytest.mark.parametrize("phase", [START, NEW_SHAPE, "save", "evaluation"])
+@pytest.mark.parametrize("phase", [START, NEW_SHAPE, "save", "evaluation", END])
 def test_other_phases_may_take_long_and_the_others_wait_for_them(phase: str) -> None:
     assert ranks(beat(5000, phase=phase), beat(5000, stage="reduce")) is None
 

@@ -47,6 +47,15 @@ def test_the_metrics_are_of_the_whole_batch(trained: Path) -> None:
             assert other["grad_norm"] == alone["grad_norm"]
 
 
+@pytest.mark.slow
+def test_an_all_reduce_has_the_same_sum_but_for_rounding(trained: Path) -> None:
+    alone = read_lines(trained / "all-reduce" / "1")[0]
+    for world in elastic_ranks.WORLDS[1:]:
+        other = read_lines(trained / "all-reduce" / str(world))[0]
+        assert other["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        assert other["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
 def read_lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

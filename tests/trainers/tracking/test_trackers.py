@@ -30,7 +30,9 @@ from dreamfleet.trainers.tracking.tracker import (
 from dreamfleet.tune.trial_store import trial_recipe
 
 VALIDATION = {"prompts": ["a sks cat"], "num_images": 1, "num_inference_steps": 1, "steps": 2}
-pytestmark = pytest.mark.filterwarnings("ignore:::mlflow", "ignore:::wandb", "ignore:::pydantic")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning"
+)  # of the clients' libraries
 
 
 def make_recipe(folder: Path, **changes: Any) -> Recipe:
