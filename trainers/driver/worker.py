@@ -34,7 +34,6 @@ def train_worker(
     """
     apply_variables(sent)
     import ray.train
-    import ray.train.torch
     import torch
 
     from dreamfleet.trainers.driver.evaluator import RayEvaluator
@@ -45,21 +44,16 @@ def train_worker(
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    device = _device(of_group=coordinator is None)
     recipe = build_recipe(config["recipe"])
     run = Storage(recipe.output_dir)
     set_node(ray.util.get_node_ip_address())
-    # A worker may become the one that writes the run folder.
-    watches = rank == 0 or coordinator is not None
     with (
         training_here(Pulse()) as pulse,
         log_to_run(run, verbose=rank == 0 and coordinator is None),
-        watch_for_stop(run, watch=watches) as should_stop,
+        watch_for_stop(run, watch=rank == 0 or coordinator is not None) as should_stop,
         _membership(coordinator, rank, world, config["backend"]) as membership,
     ):
-        if device.type == "cuda" and membership is not None:
-            # Ray numbers the workers of a node only if they start as one group.
-            os.environ["LOCAL_RANK"] = str(device.index or 0)
         try:
             summary = run_worker(
                 recipe,
@@ -82,6 +76,16 @@ def train_worker(
         if membership is not None:
             membership.close(completed=True)
     return dataclasses.asdict(summary)
+
+
+def _device(*, of_group: bool) -> Any:
+    """Return this worker's device; ``of_group``: it was started as part of one group of Ray Train's."""
+    import ray.train.torch
+
+    device = ray.train.torch.get_device()
+    if device.type == "cuda" and not of_group:  # Ray numbers the workers of a node only within a group
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+    return device
 
 
 @contextmanager
