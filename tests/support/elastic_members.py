@@ -55,14 +55,14 @@ def work(
 def _plant(plan: dict[str, Any]) -> None:
     """Let this process kill or stop itself at the ``call``-th call of ``where``, or sleep in every step."""
     from dreamfleet.trainers.engines.torch_engine import TorchEngine
-    from dreamfleet.trainers.run.checkpoint import Checkpoints
+    from dreamfleet.trainers.run.saves import Saves
     from dreamfleet.trainers.run.evaluation import Evaluation
 
     places: dict[str, tuple[Any, str]] = {
         "backward": (TorchEngine, "objective"),  # after the forward pass, before gradients are sent
         "step": (TorchEngine, "_step_together"),  # after the gradients were exchanged
         "evaluation": (Evaluation, "measure"),
-        "save": (Checkpoints, "save"),
+        "save": (Saves, "start"),
     }
     if pause := plan.get("pause"):
         before = TorchEngine.begin_step
