@@ -35,3 +35,7 @@ class FormatError(UserError):
 
 class RunFailed(RuntimeError):
     """The run itself failed, for example with a NaN loss or repeatedly failing workers. Exit code 1."""
+
+
+class LeaseLost(RunFailed):
+    """Another process has taken over the output_dir, so that this one may not write to it any more."""

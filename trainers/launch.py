@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
-import secrets
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, UserError
 from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.engines import engine_name
 from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
+from dreamfleet.trainers.driver.coordinated import MemberKey, coordinated
+from dreamfleet.trainers.driver.in_thread import run_in_thread
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight, require_room_here, this_machine
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
 from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
-from dreamfleet.trainers.run.run_folder import locked, open_run_folder
+from dreamfleet.trainers.run.fence import Fence, Owner
+from dreamfleet.trainers.run.ownership import Ownership
+from dreamfleet.trainers.run.run_folder import open_run_folder, own
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 from dreamfleet.trainers.tracking.tracker import check_trackers, variables_for
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Member = tuple[tuple[str, int], bytes]  # address and key of a coordinator
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -60,6 +59,9 @@ def fit(
     address: str | None = None,
     shared: Sequence[str] = (),
     on_progress: Progress | None = None,
+    continues: bool = False,
+    take_over: bool = False,
+    owner: Owner | None = None,
 ) -> FitResult:
     """Train a recipe (an object or a recipe file with ``overrides``); return its summary and run folder.
 
@@ -68,6 +70,10 @@ def fit(
     machine. Workers that die are replaced, and resume from the newest valid checkpoint, unless more than
     ``scaling.max_failures`` fail before the next one. ``shared`` names folders that all machines of the cluster
     see; if the cluster starts machines on demand, local paths must be in them.
+
+    ``continues``: continue the run in ``output_dir`` if it has the same settings, else start one; wait if another
+    process trains into it. ``take_over``: take the folder from such a process, which ends at its next write; resume.
+    ``owner``: of the search or fleet that the run is part of, which already owns the folder.
 
     ``on_progress`` is called with each logged line of metrics; without it, progress is shown on stderr. In
     the main thread, the first SIGINT or SIGTERM ends the run after the current step with a checkpoint
@@ -87,27 +93,54 @@ def fit(
             "overrides apply to a recipe file, and this recipe is an object: change the object instead"
         )
     check_trackers(recipe)
-    check_inputs(recipe, begun=resume and bool(Checkpoints(Storage(recipe.output_dir)).steps()))
-    run = open_run_folder(recipe, resume=resume)
-    if resume and not Checkpoints(run).steps():
-        logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
+    folder = Storage(recipe.output_dir)
+    open_folder = partial(open_run_folder, recipe, resume=resume or take_over, continues=continues)
+    may_resume = resume or take_over or continues
+    check_inputs(recipe, begun=may_resume and bool(Checkpoints(folder).steps()))
     display = _Silent(on_progress) if on_progress else Display(total=recipe.train.max_train_steps)
-    with patience(recipe.storage.patience_seconds), locked(run), stop_on_signal(run, display.say) as stop:
+    open_folder()
+    waiting = open_folder if continues else None
+    with (
+        patience(recipe.storage.patience_seconds),
+        own(folder, owner, take_over=take_over, wait=waiting, say=display.say) as lease,
+    ):
+        open_folder()  # again: another process may have trained into it until now
         try:
-            if recipe.scaling.is_local:
-                summary = _fit_here(recipe, resume, stop, display, started)
-            else:
-                summary = _fit_on_ray(recipe, address, shared, stop, display, started)
+            summary = _train(recipe, lease, address, shared, display, started)
         finally:
             display.close()
-    return FitResult(summary, run.path())
+    return FitResult(summary, folder.path())
 
 
-def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, started: float) -> Summary:
+def _train(
+    recipe: Recipe,
+    lease: Fence | Ownership,
+    address: str | None,
+    shared: Sequence[str],
+    display: Display,
+    started: float,
+) -> Summary:
+    """Train into the folder that this process owns."""
+    from dreamfleet.trainers.run.checkpoint import Checkpoints
+
+    run = Storage(recipe.output_dir).guarded(lease.check)
+    resume = run.exists("recipe.yaml")
+    if resume and not Checkpoints(run).steps():
+        logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
+    with stop_on_signal(run, display.say) as stop:
+        if recipe.scaling.is_local:
+            return _fit_here(recipe, resume, stop, display, started, lease.owner)
+        return _fit_on_ray(recipe, address, shared, stop, display, started, lease.owner)
+
+
+def _fit_here(
+    recipe: Recipe, resume: bool, stop: Stop, display: Display, started: float, owner: Owner | None
+) -> Summary:
     from dreamfleet.trainers.run.run import run_worker
 
     uses_gpu = worker_resources(recipe.scaling, [this_machine()]).uses_gpu
-    run = Storage(recipe.output_dir)
+    fence = Fence(Storage(recipe.output_dir), owner)
+    run = fence.guarded()
     with log_to_run(run, verbose=True), watch_for_stop(run) as marked:
         return run_worker(
             recipe,
@@ -116,6 +149,7 @@ def _fit_here(recipe: Recipe, resume: bool, stop: Stop, display: Display, starte
             should_stop=lambda: stop.requested.is_set() or marked(),
             on_progress=display.show,
             waited=time.monotonic() - started,
+            fence=fence,
         )
 
 
@@ -126,6 +160,7 @@ def _fit_on_ray(
     stop: Stop,
     display: Display,
     started: float,
+    owner: Owner | None,
 ) -> Summary:
     from dreamfleet.trainers.run.summary import Summary
 
@@ -139,9 +174,10 @@ def _fit_on_ray(
         # runs on this machine: a temporary folder is enough, also for runs in buckets and on several machines.
         with (
             tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping,
-            _coordinated(recipe, session) as coordinator,
+            coordinated(recipe, session) as coordinator,
         ):
-            trainer = _make_trainer(recipe, session, share, bookkeeping, started, coordinator)
+            config = {"waited": time.monotonic() - started, "owner": owner}
+            trainer = _make_trainer(recipe, session, share, bookkeeping, config, coordinator)
             with RunTail(run, display):
                 outcome = run_in_thread(trainer.fit, name="ray-train-fit")
         if outcome.error is not None:
@@ -149,28 +185,13 @@ def _fit_on_ray(
     return Summary(**outcome.value.return_value)
 
 
-@contextmanager
-def _coordinated(recipe: Recipe, session: RaySession) -> Iterator[Member | None]:
-    """Yield the address and key of a coordinator of the run's workers; None if its engine cannot change them."""
-    if engine_name(recipe.engine) != "torch" and not recipe.engine.is_auto:
-        yield None
-        return
-    from dreamfleet.trainers.distributed.coordinator import Coordinator
-    from dreamfleet.trainers.distributed.roster import Roster
-
-    key = secrets.token_bytes(32)
-    roster = Roster(recipe.scaling.max_workers, least=recipe.scaling.min_workers)
-    with Coordinator(roster, key=key, host=session.own_address) as coordinator:
-        yield coordinator.address, key
-
-
 def _make_trainer(
     recipe: Recipe,
     session: RaySession,
     share: WorkerShare,
     bookkeeping: str,
-    started: float,
-    coordinator: Member | None,
+    config: dict[str, Any],
+    coordinator: MemberKey | None,
 ) -> Any:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig
@@ -191,7 +212,7 @@ def _make_trainer(
     timeout = int(STEP_TIMEOUT.total_seconds())
     kind: Callable[..., Any] = LocalTrainer
     if coordinator is not None:
-        kind = functools.partial(MemberTrainer, coordinator=coordinator, most=scaling.max_workers)
+        kind = partial(MemberTrainer, coordinator=coordinator, most=scaling.max_workers)
     return kind(
         loop,
         private=session.private,
@@ -200,7 +221,7 @@ def _make_trainer(
             "threads": share.threads,
             "gpu_share": share.gpu_share,
             "backend": backend,
-            "waited": time.monotonic() - started,
+            **config,
         },
         torch_config=(TorchConfig if coordinator is None else MemberConfig)(
             backend=backend, timeout_s=timeout
@@ -234,34 +255,6 @@ def _make_run_config(recipe: Recipe, share: WorkerShare, bookkeeping: str, sent:
         worker_runtime_env={"env_vars": worker_environment(share.threads)},
         logging_config=LoggingConfig(log_level="WARNING"),
     )
-
-
-@dataclass
-class Outcome:
-    """The result or the exception of a function."""
-
-    value: Any = None
-    error: Exception | None = None
-
-
-def run_in_thread(work: Callable[[], Any], *, name: str) -> Outcome:
-    """Run ``work`` in a thread and wait for it; return its result or exception.
-
-    Outside the main thread Ray installs no signal handlers, which would end a run without a checkpoint.
-    """
-    outcome = Outcome()
-
-    def run() -> None:
-        try:
-            outcome.value = work()
-        except Exception as error:  # noqa: BLE001 - passed to the waiting thread
-            outcome.error = error
-
-    thread = threading.Thread(target=run, daemon=True, name=name)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)  # with a timeout, as Python runs signal handlers only between calls
-    return outcome
 
 
 def _explain(error: Exception, session: RaySession, recipe: Recipe) -> Exception:

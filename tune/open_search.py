@@ -6,9 +6,9 @@ import yaml
 
 from dreamfleet.datasets.errors import CheckpointError, DataError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.differences import describe_differences
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.run.run_folder import is_resumed
-from dreamfleet.tune.differences import differences
 from dreamfleet.tune.trial_store import FILE, RECIPE, TrialStore, read_store
 from dreamfleet.tune.warm_start import read_earlier
 
@@ -64,9 +64,9 @@ def _refuse_another_search(folder: Storage, recipe: Recipe) -> None:
             tree["search"].pop(name, None)
         for name in ("scaling", "storage", "output_dir", "report_to", "tracking"):
             tree.pop(name, None)
-    if changed := differences(before, now):
+    if changed := describe_differences(before, now):
         raise CheckpointError(
-            f"output_dir {recipe.output_dir} holds a different search: {', '.join(changed[:5])} changed. "
+            f"output_dir {recipe.output_dir} holds a different search ({', '.join(changed[:5])}). "
             f"Only search.{', search.'.join(CHANGEABLE)} and scaling may change; otherwise give another output_dir"
         )
 

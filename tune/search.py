@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dreamfleet.datasets.errors import RecipeError, RunFailed, UserError
 from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.trainers.config.search import SearchConfig
 from dreamfleet.trainers.driver.preflight import check_inputs
+from dreamfleet.trainers.driver.progress import Display
 from dreamfleet.trainers.recipe import Recipe, load_recipe
 from dreamfleet.trainers.run.disk import require_search_disk
-from dreamfleet.trainers.run.run_folder import locked
+from dreamfleet.trainers.run.fence import Fence
+from dreamfleet.trainers.run.ownership import Ownership
+from dreamfleet.trainers.run.run_folder import own
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 from dreamfleet.trainers.tracking.tracker import check_trackers
 from dreamfleet.tune.limits import describe_end, out_of_patience, used_up
@@ -41,6 +45,8 @@ def search(
     address: str | None = None,
     shared: Sequence[str] = (),
     on_progress: Progress | None = None,
+    continues: bool = False,
+    take_over: bool = False,
 ) -> SearchResult:
     """Run the search in the ``search:`` section of a recipe or a recipe file.
 
@@ -48,7 +54,9 @@ def search(
     of the frozen model; others have a process each, or ``search.workers_per_trial`` (``scaling.num_workers``). The
     search writes ``best.yaml``, ``trials.parquet`` and ``report.html`` into ``output_dir``. ``resume`` continues a
     search: finished trials are kept, interrupted ones continue from their checkpoints, and the next points are the same
-    as without the interruption. ``shared`` names folders that all machines of the cluster can access.
+    as without the interruption. ``shared`` names folders that all machines of the cluster can access. ``continues``:
+    continue the search in ``output_dir`` if there is one, and wait if another process runs it; ``take_over``: take it
+    from that process, which ends at its next write.
 
     A trial that fails, including for lack of memory, is recorded with its error and the others continue. If the first
     trials fail with the same UserError, the search ends and its files are removed.
@@ -64,20 +72,46 @@ def search(
     check_trackers(recipe)
     check_inputs(recipe)
     disk = require_search_disk(recipe)
-    store = open_store(recipe, resume=resume)
-    display = SearchDisplay(store)
-    display.say(disk)
-    is_interrupted = True
+    open_folder = partial(open_store, recipe, resume=resume or continues or take_over)
+    folder, say = open_folder().folder, Display().say
+    waiting = open_folder if continues else None
     with (
-        patience(store.recipe.storage.patience_seconds),
-        locked(store.folder),
-        stop_on_signal(store.folder, display.say) as stop,
+        patience(recipe.storage.patience_seconds),
+        own(folder, take_over=take_over, wait=waiting, say=say) as lease,
     ):
-        store.folder.write_text(RECIPE, recipe.to_yaml())
+        store = open_folder()  # again: another process may have changed it until now
+        store.folder = folder.guarded(lease.check)
+        display = SearchDisplay(store)
+        display.say(disk)
+        is_interrupted = _search(
+            store, lease, display=display, address=address, shared=shared, on_progress=on_progress
+        )
+    return _result(store, interrupted=is_interrupted)
+
+
+def _search(
+    store: TrialStore,
+    lease: Fence | Ownership,
+    *,
+    display: SearchDisplay,
+    address: str | None,
+    shared: Sequence[str],
+    on_progress: Progress | None,
+) -> bool:
+    """Run the trials of a search and write its results; return whether it was interrupted."""
+    is_interrupted = True
+    with stop_on_signal(store.folder, display.say) as stop:
+        store.folder.write_text(RECIPE, store.recipe.to_yaml())
         store.save()
         try:
             is_interrupted = _run_trials(
-                store, stop=stop, display=display, address=address, shared=shared, on_progress=on_progress
+                store,
+                lease,
+                stop=stop,
+                display=display,
+                address=address,
+                shared=shared,
+                on_progress=on_progress,
             )
         finally:
             display.close()
@@ -88,7 +122,7 @@ def search(
                         display.say(line)
             else:
                 store.remove()
-    return _result(store, interrupted=is_interrupted)
+    return is_interrupted
 
 
 def _load(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str]) -> Recipe:
@@ -126,6 +160,7 @@ def write_results(store: TrialStore, *, export: bool) -> None:
 
 def _run_trials(
     store: TrialStore,
+    lease: Fence | Ownership,
     *,
     stop: Stop,
     display: SearchDisplay,
@@ -152,14 +187,8 @@ def _run_trials(
         workers=workers if workers > 1 else 0,
         on_progress=on_progress or display.show,
     )
-    for line in [
-        *describe_earlier(store),
-        *(
-            []
-            if algorithm.remaining is None
-            else [f"{algorithm.remaining} trial{'s' * (algorithm.remaining > 1)}"]
-        ),
-    ]:
+    left = algorithm.remaining
+    for line in [*describe_earlier(store), *([] if left is None else [f"{left} trial{'s' * (left > 1)}"])]:
         display.say(line)
     ended = run_pool(
         source,
@@ -173,7 +202,8 @@ def _run_trials(
         resources=section.resources_per_trial,
         address=address,
         shared=shared,
-        should_stop=lambda: source.error is not None or algorithm.interrupts,
+        should_stop=lambda: source.error is not None or algorithm.interrupts or lease.is_lost,
+        owner=lease.owner,
         on_room=source.times.set_room,
     )
     if source.error is not None:

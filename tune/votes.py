@@ -77,14 +77,16 @@ def append_vote(folder: Storage, comparison: Comparison, choice: str) -> Vote:
         "winner": winner,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    before = folder.read_text(FILE) if folder.exists(FILE) else ""
-    # A kill may have left an incomplete last line, which must not swallow this one.
-    line = ("\n" if before and not before.endswith("\n") else "") + json_text(row) + "\n"
-    if folder.is_local:
-        folder.append_text(FILE, line)
-    else:  # a bucket cannot append; what another person's command wrote before is kept
-        folder.write_text(FILE, before + line)
-    return Vote(comparison, winner)
+    while True:
+        before, version = folder.read_version(FILE)
+        # A kill may have left an incomplete last line, which must not swallow this one.
+        line = b"\n" * (bool(before) and not before.endswith(b"\n")) + json_text(row).encode() + b"\n"
+        if folder.is_local:
+            folder.append_text(FILE, line.decode())
+        # A bucket cannot append: if another person votes at the same moment, read and write again.
+        elif not folder.write_if(FILE, before + line, version=version):
+            continue
+        return Vote(comparison, winner)
 
 
 def preferences(votes: Sequence[Vote]) -> dict[str, Preference]:

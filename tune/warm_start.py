@@ -9,9 +9,9 @@ import yaml
 
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.differences import differences
 from dreamfleet.trainers.config.search import put_point
 from dreamfleet.trainers.recipe import Recipe, build_recipe
-from dreamfleet.tune.differences import differences
 from dreamfleet.tune.search_state import EarlierTrial
 from dreamfleet.tune.space import canonical
 from dreamfleet.tune.trial_store import FILE, RECIPE, TrialStore, read_store

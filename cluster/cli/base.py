@@ -111,6 +111,20 @@ CaptionColumn = Annotated[
         show_default=False,
     ),
 ]
+Continue = Annotated[
+    bool,
+    typer.Option(
+        "--continue",
+        help="Start, or continue what output_dir holds if its settings are equal; wait for another owner.",
+    ),
+]
+TakeOver = Annotated[
+    bool,
+    typer.Option(
+        "--take-over",
+        help="Take output_dir from the process that owns it, which ends at its next write, and continue.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show tracebacks.", callback=_set_verbose, is_eager=True)
@@ -184,7 +198,7 @@ def _report(ctx: typer.Context, message: str) -> None:
 def resume_command(name: str, recipe: str, overrides: Sequence[str] | None) -> str:
     """Return the command that continues an interrupted run or search."""
     command = " ".join([f"dreamfleet {name}", recipe, *(overrides or ()), "--resume"])
-    from dreamfleet.cluster.jobs.client import RESUME_WITH
+    from dreamfleet.cluster.jobs.job import RESUME_WITH
 
     return os.environ.get(RESUME_WITH, command)
 

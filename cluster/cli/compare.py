@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,8 @@ def compare(
     trials.parquet.
     """
     with work():
+        from dreamfleet.trainers.run.claim import Held
+        from dreamfleet.trainers.run.run_folder import own
         from dreamfleet.tune.blind import BlindPage
         from dreamfleet.tune.open_search import open_folder
         from dreamfleet.tune.report import write_search_report
@@ -37,8 +40,13 @@ def compare(
         store = open_folder(folder)
         page = BlindPage(store, most=trials)
         serve(page, port=port, title="compare the trials", browser=browser)
-        write_search_report(store)
-        write_table(store)
+        try:
+            with own(store.folder):
+                store = open_folder(folder)  # again: the search may have been continued in the meantime
+                write_search_report(store)
+                write_table(store)
+        except Held as error:  # the search writes both when it ends, with the votes
+            print(f"the votes are saved; report and table are not written yet: {error}", file=sys.stderr)
         found = {
             **page.report(),
             "report": store.folder.path("report.html"),

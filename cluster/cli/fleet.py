@@ -12,9 +12,11 @@ from dreamfleet.cluster.cli.base import (
     INTERRUPTED,
     Address,
     AsJson,
+    Continue,
     Overrides,
     RecipePath,
     Shared,
+    TakeOver,
     Verbose,
     print_json,
     resume_command,
@@ -41,6 +43,8 @@ def fleet(
         bool,
         typer.Option("--resume", help="Continue the fleet in output_dir, with new rows if there are any."),
     ] = False,
+    continues: Continue = False,
+    take_over: TakeOver = False,
     address: Address = None,
     shared: Shared = None,
     as_json: AsJson = False,
@@ -56,7 +60,14 @@ def fleet(
         from dreamfleet.tune.fleet.fleet import fleet as train_fleet
 
         result = train_fleet(
-            subjects, recipe, overrides=overrides or (), resume=resume, address=address, shared=shared or ()
+            subjects,
+            recipe,
+            overrides=overrides or (),
+            resume=resume,
+            continues=continues,
+            take_over=take_over,
+            address=address,
+            shared=shared or (),
         )
     if as_json:
         print_json(to_plain(result))

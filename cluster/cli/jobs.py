@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dreamfleet.cluster.cli.base import INTERRUPTED, AsJson, Shared, Verbose, print_json, work
+from dreamfleet.cluster.cli.job_lines import end_of, plain_job, queued_row, row_of
 
 if TYPE_CHECKING:
-    from dreamfleet.cluster.jobs.client import Job, JobServer
+    from dreamfleet.cluster.jobs.client import JobServer
+    from dreamfleet.cluster.jobs.job import Job
 
 COMMANDS = ("train", "tune", "fleet", "data cache")
 
@@ -50,6 +52,14 @@ def submit(
     follow: Annotated[
         bool, typer.Option("--follow", help="Print the job's output; exit with the run's exit code.")
     ] = False,
+    many: Annotated[
+        bool,
+        typer.Option(
+            "--many",
+            help="Queue the runs of several recipes: --many RECIPE ... [KEY.PATH=VALUE ...] [--priority N] "
+            "[--max-running N] [--queue FOLDER].",
+        ),
+    ] = False,
     shared: Shared = None,
     env: Variables = None,
     as_json: AsJson = False,
@@ -59,17 +69,31 @@ def submit(
 
     Sends the installed dreamfleet, the resolved recipe, and the local images, models and other files that it names, up
     to 200 MiB. s3:// URLs and paths under --shared are used as they are. output_dir must be one of those, because the
-    run outlives the cluster. Submit again with --resume to continue from the newest checkpoint.
+    run outlives the cluster. Submit the same again to continue from the newest checkpoint; other settings in the same
+    output_dir are refused, unless --resume allows them.
+
+    With --many, the runs wait in a queue on the cluster, by default in the folder `queue` beside the first output_dir.
+    A run starts when all its workers fit, the highest --priority first, and at most --max-running of these runs at
+    once. A run of higher priority that finds no room makes others save and return to the queue. Submit the same again
+    to change the priority, or to continue runs that ended.
     """
+    if many:
+        from dreamfleet.cluster.cli.many import submit_many
+
+        job_id = submit_many(command, address, shared=shared or (), env=env or (), as_json=as_json)
+        if follow:
+            _follow(address, job_id)
+        return
     name, parsed, options = _parse(ctx, command)
     recipe, overrides = parsed["recipe"], parsed["overrides"] or []
     with work():
         import os
 
+        from dreamfleet.cluster.jobs.check_versions import check_cluster
         from dreamfleet.cluster.jobs.client import job_server
         from dreamfleet.cluster.jobs.package import check_here, pack
         from dreamfleet.cluster.jobs.package_fleet import SUBJECTS_FILE, pack_fleet
-        from dreamfleet.cluster.jobs.submit import read_environment, send
+        from dreamfleet.cluster.jobs.submit import find_equal, read_environment, send
         from dreamfleet.trainers.recipe import load_recipe
 
         environment = read_environment(env or (), os.environ)
@@ -86,18 +110,29 @@ def submit(
             _print_note(
                 "scaling.num_workers is 0: the run trains on the head node itself; set 1 or more to use workers"
             )
+        options += _ownership(name, options)
         with job_server(address) as server:
-            for folder in shared or ():  # the job also treats these folders as shared
-                options += ["--shared", folder]
-            job_id = send(
-                server, package, [name, *options], typed=command, environment=environment, report=_print_note
-            )
+            same = None if "--take-over" in options else find_equal(server.jobs(), package, what=name)
+            if same is None:
+                check_cluster(server, _print_note)
+                for folder in shared or ():  # the job also treats these folders as shared
+                    options += ["--shared", folder]
+                job_id = send(
+                    server,
+                    package,
+                    [name, *options],
+                    typed=command,
+                    environment=environment,
+                    report=_print_note,
+                )
+    job_id = job_id if same is None else same.id
     if as_json:
         print_json({"id": job_id, "address": server.address, "output_dir": loaded.output_dir})
     else:
         print(job_id, flush=True)
+    done = "submitted" if same is None else "not sent: this job trains the same already"
     _print_note(
-        f"submitted. Follow it with: dreamfleet logs {job_id} --follow; stop it with: dreamfleet stop {job_id}"
+        f"{done}. Follow it with: dreamfleet logs {job_id} --follow; stop it with: dreamfleet stop {job_id}"
     )
     if follow:
         _follow(address, job_id)
@@ -106,21 +141,34 @@ def submit(
 def jobs(address: ServerAddress = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """List the jobs of a cluster."""
     with work():
+        from dreamfleet.cluster.cli.many import read_queues
         from dreamfleet.cluster.jobs.client import job_server
 
         with job_server(address) as server:
             found = server.jobs()
+            queues = read_queues(server, found)
+    known = {job.id for job in found}
+    waiting = [
+        entry
+        for entries in queues.values()
+        for entry in entries
+        if entry["state"] == "WAITING" or entry["job"] not in known
+    ]
     if as_json:
-        print_json([_plain(job) for job in found])
+        print_json([*(plain_job(job) for job in found), *waiting])
         return
-    rows = [("ID", "STATE", "STARTED", "TIME", "COMMAND", "OUTPUT_DIR"), *map(_row, found)]
+    rows = [
+        ("ID", "STATE", "STARTED", "TIME", "COMMAND", "OUTPUT_DIR"),
+        *map(row_of, found),
+        *map(queued_row, waiting),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     last = {job.metadata["output_dir"]: job for job in found}
     for job in last.values():  # failed jobs that were not resumed
         if job.reason:
-            _print_note(_end(job))
+            _print_note(end_of(job))
 
 
 def logs(
@@ -142,7 +190,7 @@ def logs(
             text, job = server.logs(job_id), server.job(job_id)
     print(text, end="", flush=True)
     if job.reason:
-        _print_note(_end(job))
+        _print_note(end_of(job))
 
 
 def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False) -> None:
@@ -151,16 +199,28 @@ def stop(job_id: JobId, address: ServerAddress = None, verbose: Verbose = False)
     The job ends after the current step. Ray kills it if it is still running after 15 minutes.
     """
     with work():
+        from dreamfleet.cluster.cli.many import stop_queued
         from dreamfleet.cluster.jobs.client import job_server
 
         with job_server(address) as server:
-            job = server.job(job_id)
-            if not job.is_over:
-                printed = len(server.logs(job_id))
-                server.stop(job_id)
-                _print_note(f"stopping {job_id} after its checkpoint")
-                job = _watch(server, job_id, sys.stderr, skip=printed)
-    print(f"{job_id} {job.state}")
+            state = stop_queued(server, job_id) or _stop(server, job_id)
+    print(f"{job_id} {state}")
+
+
+def _stop(server: JobServer, job_id: str) -> str:
+    job = server.job(job_id)
+    if not job.is_over:
+        printed = len(server.logs(job_id))
+        server.stop(job_id)
+        _print_note(f"stopping {job_id} after its checkpoint")
+        job = _watch(server, job_id, sys.stderr, skip=printed)
+    return job.state
+
+
+def _ownership(name: str, options: Sequence[str]) -> list[str]:
+    """Return the option by which a job continues what its output_dir holds, if its settings are equal."""
+    given = {"--resume", "--continue", "--take-over"} & set(options)
+    return ["--continue"] if name.partition(" ")[0] in ("train", "tune", "fleet") and not given else []
 
 
 def _parse(ctx: typer.Context, command: list[str]) -> tuple[str, dict[str, Any], list[str]]:
@@ -209,7 +269,7 @@ def _follow(address: str | None, job_id: str, *, to_stdout: bool = False) -> Non
             f"stop it with: dreamfleet stop {job_id}"
         )
         raise typer.Exit(INTERRUPTED) from None
-    _print_note(_end(job))
+    _print_note(end_of(job))
     if job.exit_code:
         raise typer.Exit(job.exit_code)
 
@@ -220,34 +280,6 @@ def _watch(server: JobServer, job_id: str, out: Any, *, skip: int = 0) -> Job:
         out.flush()
 
     return server.follow(job_id, write, skip=skip)
-
-
-def _end(job: Job) -> str:
-    """Return how a job ended: its state, the reason for a failure, and the command that resumes it."""
-    lines = [f"{job.id} {job.state}" + (f": {job.reason}" if job.reason else "")]
-    if job.reason and job.driver_exit_code is None:  # there is no log with more detail
-        lines += job.message.strip().splitlines()[1:]
-    if job.resume:
-        lines.append(f"continue with: {job.resume}")
-    return "\n".join(lines)
-
-
-def _row(job: Job) -> tuple[str, ...]:
-    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started)) if job.started else "-"
-    return (job.id, job.state, started, _clock(job), job.metadata["command"], job.metadata["output_dir"])
-
-
-def _clock(job: Job) -> str:
-    if not job.started:
-        return "-"
-    minutes, seconds = divmod(int((job.ended or time.time()) - job.started), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _plain(job: Job) -> dict[str, Any]:
-    times = {"started": job.started, "ended": job.ended, "exit_code": job.exit_code if job.is_over else None}
-    end = {"reason": job.reason, "resume": job.resume} if job.reason else {}
-    return {"id": job.id, "state": job.state, **times, **end, **job.metadata}
 
 
 def _print_note(text: str) -> None:

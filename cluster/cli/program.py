@@ -24,9 +24,11 @@ from dreamfleet.cluster.cli.base import (
     USER_ERROR,
     Address,
     AsJson,
+    Continue,
     Overrides,
     RecipePath,
     Shared,
+    TakeOver,
     Verbose,
     app,
     plain,
@@ -42,6 +44,8 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint in output_dir.")
     ] = False,
+    continues: Continue = False,
+    take_over: TakeOver = False,
     address: Address = None,
     shared: Shared = None,
     as_json: AsJson = False,
@@ -51,7 +55,15 @@ def train(
     with work():
         from dreamfleet.trainers.launch import fit
 
-        result = fit(recipe, overrides=overrides or (), resume=resume, address=address, shared=shared or ())
+        result = fit(
+            recipe,
+            overrides=overrides or (),
+            resume=resume,
+            continues=continues,
+            take_over=take_over,
+            address=address,
+            shared=shared or (),
+        )
     _print_run(result.run_folder, result.summary, as_json)
     if result.summary.exit_reason == "interrupted":
         again = resume_command("train", recipe, overrides)

@@ -11,9 +11,11 @@ from dreamfleet.cluster.cli.base import (
     INTERRUPTED,
     Address,
     AsJson,
+    Continue,
     Overrides,
     RecipePath,
     Shared,
+    TakeOver,
     Verbose,
     plain,
     print_json,
@@ -28,6 +30,8 @@ def tune(
     recipe: RecipePath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the search in output_dir.")] = False,
+    continues: Continue = False,
+    take_over: TakeOver = False,
     address: Address = None,
     shared: Shared = None,
     as_json: AsJson = False,
@@ -41,7 +45,13 @@ def tune(
         from dreamfleet.tune.search import search
 
         result = search(
-            recipe, overrides=overrides or (), resume=resume, address=address, shared=shared or ()
+            recipe,
+            overrides=overrides or (),
+            resume=resume,
+            continues=continues,
+            take_over=take_over,
+            address=address,
+            shared=shared or (),
         )
     if as_json:
         print_json(plain(result))

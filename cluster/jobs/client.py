@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shlex
-import signal
+import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+from dreamfleet.cluster.jobs.job import OURS, Job
 from dreamfleet.datasets.errors import ResourceError, UserError
 from dreamfleet.trainers.driver.session import authentication
 
@@ -23,94 +22,15 @@ DEFAULT_ADDRESS = (
 )
 ANSWER_SECONDS = 10.0
 POLL_SECONDS = 1.0
-RESUME_WITH = (
-    "DREAMFLEET_RESUME_WITH"  # set in a job's environment: the command that resumes it after a failure
-)
-OURS = (
-    "dreamfleet"  # key in the metadata of jobs that dreamfleet submitted; its value is dreamfleet's version
-)
 TOKEN_ADVICE = (
     "Set RAY_AUTH_TOKEN to the cluster's token, or put it into ~/.ray/auth_token (`ray get-auth-token` shows it on the "
     "head node)"
 )
 
-# The usual cause of each signal, unless a user sent it.
-SIGNALS = {
-    "SIGKILL": ", possibly because the machine ran out of memory",
-    **dict.fromkeys(("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"), ", a crash in compiled code"),
-}
-# Ray's error types for a job whose driver had started and has no exit code.
-DIED = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
+# Loggers of uploads, closed connections and large files in a package.
+QUIET = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
 
 Write = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """State of a job on its cluster; times are in seconds since 1970."""
-
-    id: str
-    state: str  # PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
-    metadata: Mapping[str, str]
-    started: float | None = None
-    ended: float | None = None
-    driver_exit_code: int | None = None
-    message: str = ""
-    error_type: str | None = None  # Ray's name of the failure
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the job has ended."""
-        return self.state in ("SUCCEEDED", "FAILED", "STOPPED")
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the job: 0 succeeded, 1 failed, 2 failed because of a user error, 130 stopped."""
-        if self.state == "SUCCEEDED":
-            return 0
-        if self.state == "STOPPED":
-            return 130
-        return self.driver_exit_code if self.driver_exit_code in (2, 130) else 1
-
-    @property
-    def reason(self) -> str | None:
-        """Reason why the job failed; None if it did not fail."""
-        if self.state != "FAILED":
-            return None
-        code = self.driver_exit_code
-        if code is None:
-            cause = (
-                self.message.strip().partition("\n")[0].rstrip(".")
-                or "the cluster does not say why it failed"
-            )
-            return f"its node or Ray's processes on the node died: {cause}" if self._began else cause
-        if code == 130:
-            return "it was interrupted after saving a checkpoint"
-        number = -code if code < 0 else code - 128  # negative from Ray, above 128 from a shell
-        try:
-            name = signal.Signals(number).name
-        except ValueError:
-            return f"it ended with exit code {code}; see its log for the reason"
-        return f"it was killed by {name}{SIGNALS.get(name, '')}"
-
-    @property
-    def resume(self) -> str | None:
-        """Command that resumes a failed job; None if there is nothing to resume."""
-        typed = self.metadata.get("command")
-        if self.state != "FAILED" or not self._began or self.driver_exit_code == 2 or not typed:
-            return None
-        return make_resume_command(shlex.split(typed))
-
-    @property
-    def _began(self) -> bool:
-        return self.driver_exit_code is not None or self.error_type in DIED
-
-
-def make_resume_command(typed: Sequence[str]) -> str:
-    """Return the command that resumes a stopped job, without the options of `submit` itself."""
-    again = [word for word in typed if word != "--resume"]
-    ends = [] if typed[0] == "data" else ["--resume"]  # a cache needs no option to continue
-    return shlex.join(["dreamfleet", "submit", "...", "--", *again, *ends])
 
 
 class JobServer:
@@ -138,6 +58,26 @@ class JobServer:
         with _explained(self.address):
             found = [_read(details) for details in self.client.list_jobs() if details.submission_id]
         return sorted((job for job in found if OURS in job.metadata), key=lambda job: job.started or 0)
+
+    def versions(self) -> tuple[str, str]:
+        """Return the versions of Python and Ray on the head node."""
+        found = self._get("/api/v0/cluster_metadata")["data"]
+        return found["pythonVersion"], found["rayVersion"]
+
+    def nodes(self) -> list[str]:
+        """Return the IDs of the running nodes."""
+        found = self._get("/api/v0/nodes?limit=10000")["data"]["result"]["result"]
+        return [node["node_id"] for node in found if node["state"] == "ALIVE"]
+
+    def gangs(self) -> dict[str, bool]:
+        """Return whether Ray has granted the placement groups that drivers have asked for, by the drivers' IDs."""
+        found = self._get("/api/v0/placement_groups?limit=10000")["data"]["result"]["result"]
+        granted: dict[str, bool] = {}
+        for group in found:
+            if group["state"] != "REMOVED":
+                driver = group["creator_job_id"]
+                granted[driver] = granted.get(driver, False) or group["state"] == "CREATED"
+        return granted
 
     def logs(self, job_id: str) -> str:
         """Return the complete output of a job."""
@@ -167,6 +107,14 @@ class JobServer:
         with _explained(self.address, job_id):
             self.client.stop_job(job_id)
 
+    def _get(self, path: str) -> Any:
+        with _explained(self.address):
+            # The only request of Ray's client that sends its token and certificates to any path.
+            answer = self.client._do_request("GET", path)
+            if answer.status_code != 200:
+                self.client._raise_error(answer)
+            return answer.json()
+
     async def _tail(self, job_id: str, output: _NewOutput) -> None:
         output.rewind()
         async for text in self.client.tail_job_logs(job_id):
@@ -184,10 +132,11 @@ def job_server(address: str | None = None) -> Iterator[JobServer]:
     with authentication(private=False), _address_for_ray(address):
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("dashboard_sdk", "job.sdk"):  # they log each upload and each closed connection
-            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+        for name in QUIET:
+            logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
         with _explained(address):
-            client = JobSubmissionClient(address)
+            # Its requests would ignore SSL_CERT_FILE, which the other connections read.
+            client = JobSubmissionClient(address, verify=os.environ.get("SSL_CERT_FILE") or True)
         yield JobServer(client, address)
 
 
@@ -239,6 +188,7 @@ def _read(details: Any) -> Job:
         driver_exit_code=details.driver_exit_code,
         message=details.message or "",
         error_type=getattr(details, "error_type", None),
+        driver=details.job_id,
     )
 
 
@@ -253,6 +203,11 @@ def _check_answer(address: str) -> None:
 
 
 def _unreachable(address: str, why: object) -> ResourceError:
+    if isinstance(why, ssl.SSLCertVerificationError):
+        return ResourceError(
+            f"the certificate of {address} is not trusted ({why.verify_message}): set SSL_CERT_FILE to a file with the "
+            "certificate of its authority"
+        )
     return ResourceError(
         f"no Ray job server answers at {address} ({why}). Give the head node's dashboard: --address http://HEAD:8265, "
         f"or RAY_API_SERVER_ADDRESS; `ray dashboard ray_config.yaml` forwards it to {DEFAULT_ADDRESS}"

@@ -1,15 +1,12 @@
-"""Packages a job: the running dreamfleet as a wheel, the resolved recipe, and the local files that it names."""
+"""Packages the files of a job: the resolved recipe, and the local files that it names."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,6 +14,7 @@ from dreamfleet.datasets.errors import RecipeError, StorageError
 from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.exclusions import is_utf8
 from dreamfleet.datasets.index.sets import load_class_images
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.path_field import MODEL_SUFFIXES, NamedPath, is_under, map_paths
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.preflight import check_inputs
@@ -26,7 +24,7 @@ MIB = 2**20
 # Ray keeps every package in the head node's memory and refuses 512 MiB; larger image sets belong in a bucket.
 MAX_PACKAGE_BYTES = 200 * MIB
 RECIPE_FILE = "recipe.yaml"
-WHEEL_PACKAGES = ("cluster", "datasets", "trainers", "tune")
+START_FILE = "start.sh"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal files give equal archives, which Ray uploads once
 
 
@@ -46,11 +44,24 @@ class Package:
         """Total size of the files in bytes."""
         return sum(os.path.getsize(file) for file in self.files.values())
 
+    @property
+    def digest(self) -> str:
+        """Hash of the recipe, the texts and the content of all files."""
+        digest = hashlib.sha256(json_text([self.recipe.to_yaml(), dict(self.texts)]).encode())
+        for name, file in sorted(self.files.items()):
+            with open(file, "rb") as source:
+                digest.update(name.encode() + hashlib.file_digest(source, "sha256").digest())
+        return digest.hexdigest()[:16]
+
     def write(self, folder: Path) -> Path:
         """Write the package as a zip file into ``folder`` and return its path."""
         path = folder / "package.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for name, text in {RECIPE_FILE: self.recipe.to_yaml(), **self.texts}.items():
+            for name, text in {
+                RECIPE_FILE: self.recipe.to_yaml(),
+                START_FILE: start_script().read_text(),
+                **self.texts,
+            }.items():
                 archive.writestr(zipfile.ZipInfo(name, _EPOCH), text)
             for name, file in sorted(self.files.items()):
                 with open(file, "rb") as source, archive.open(zipfile.ZipInfo(name, _EPOCH), "w") as target:
@@ -99,38 +110,17 @@ def pack(
     return Package(packed, local.files)
 
 
+def start_script() -> Path:
+    """Return the path of the script that runs Python in a job."""
+    return Path(__file__).with_name(START_FILE)
+
+
 def check_here(recipe: Recipe, *, makes_cache: bool = False) -> None:
     """Check images and model before the upload if they are on this machine; a job takes minutes to fail."""
     if makes_cache:  # the cache does not exist yet
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": None})})
     if all(os.path.exists(named.path) for named in recipe.paths if not named.field.per_machine):
         check_inputs(recipe)
-
-
-def write_wheel(folder: Path) -> Path:
-    """Write the running dreamfleet, from a checkout or installed, as a wheel into ``folder`` and return its path.
-
-    The file name contains a hash of the content, because Ray treats wheels of equal names as equal. The wheel declares
-    no dependencies, because Ray installs it with pip into a separate folder, which would get another torch and Ray.
-    """
-    files = {name: path.read_bytes() for name, path in _code().items()}
-    digest = hashlib.sha256()
-    for name, content in files.items():
-        digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
-    number = version("dreamfleet")
-    build = f"0{digest.hexdigest()[:12]}"
-    info = f"dreamfleet-{number}.dist-info"
-    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: dreamfleet\nVersion: {number}\n".encode()
-    files[f"{info}/WHEEL"] = (
-        f"Wheel-Version: 1.0\nGenerator: dreamfleet\nRoot-Is-Purelib: true\nTag: py3-none-any\nBuild: {build}\n"
-    ).encode()
-    record = [f"{name},sha256={_urlsafe(content)},{len(content)}" for name, content in files.items()]
-    files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
-    path = folder / f"dreamfleet-{number}-{build}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_DEFLATED)
-    return path
 
 
 class LocalFiles:
@@ -232,21 +222,3 @@ def _refuse_missing_class_images(recipe: Recipe, stays: Callable[[str], bool]) -
                 "generated into a copy that is deleted with the job. Remove class_data_dir (the images are then kept "
                 "beside output_dir), use an s3:// URL, or reduce num_class_images"
             )
-
-
-def _code() -> dict[str, Path]:
-    """Return the files of the running dreamfleet by their paths in a wheel."""
-    files = {}
-    for package in WHEEL_PACKAGES:
-        spec = find_spec(f"dreamfleet.{package}")
-        assert spec is not None and spec.submodule_search_locations is not None
-        # An editable installation also lists a finder, which is not a folder.
-        root = Path(next(place for place in spec.submodule_search_locations if os.path.isdir(place)))
-        for path in sorted(root.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                files[f"dreamfleet/{package}/{path.relative_to(root).as_posix()}"] = path
-    return files
-
-
-def _urlsafe(content: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()

@@ -52,7 +52,7 @@ _SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "des
 
 _RUN_FILES = frozenset(("metrics.jsonl", "summary.json", "run.log"))
 _MARKS = frozenset(("recipe.yaml", "search.yaml", "trials.json", CLASS_IMAGES, *_RUN_FILES))
-_CHECKPOINT = re.compile(r"(?:(.*)/)?checkpoints/step-\d+/manifest\.json")
+_CHECKPOINT = re.compile(r"(?:(.*)/)?checkpoints/step-\d+/manifest(?:\.attempt-\d+)?\.json")
 _SAMPLES = re.compile(r"(?:(.*)/)?samples/(?:step-\d+\.(?:png|jsonl)|real\.png)")
 _OLD_CLASS_IMAGES = re.compile(r"(?:(.*)/)?class-images/[^/]+-[0-9a-f]{12}/\d{6}\.png")
 
@@ -207,7 +207,7 @@ def _marks(names: Iterable[str]) -> dict[str, set[str]]:
         folder, _, file = name.rpartition("/")
         if file in _MARKS:
             found.setdefault(folder, set()).add(file)
-        elif file == "manifest.json" and (match := _CHECKPOINT.fullmatch(name)):
+        elif file.startswith("manifest.") and (match := _CHECKPOINT.fullmatch(name)):
             found.setdefault(match[1] or "", set()).add("checkpoints")
         elif folder.endswith("samples") and (match := _SAMPLES.fullmatch(name)):
             found.setdefault(match[1] or "", set()).add("samples")

@@ -17,8 +17,8 @@ from dreamfleet.datasets.errors import StorageError
 log = logging.getLogger(__name__)
 
 _TEMPORARY = re.compile(
-    r"^\..+\.tmp-[0-9a-f]{12}$"
-)  # temporary files of unfinished writes, which are never listed
+    r"^\..+\.(tmp-[0-9a-f]{12}|lock)$"
+)  # temporary files of unfinished writes, and locks, which are never listed
 
 
 @contextmanager

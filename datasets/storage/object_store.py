@@ -8,11 +8,12 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from dreamfleet.datasets.environment import masked, variable
-from dreamfleet.datasets.errors import StorageError
+from dreamfleet.datasets.errors import RunFailed, StorageError
 from dreamfleet.datasets.storage.disk import as_storage_error
 from dreamfleet.datasets.storage.retry import (
     OUTAGES,
@@ -31,6 +32,8 @@ T = TypeVar("T")
 SCHEMES = ("s3", "gs")
 _OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # timeouts of one attempt
+RECHECK_SECONDS = 15.0
+_is_guarded: ContextVar[bool] = ContextVar("is_guarded", default=False)  # fsspec passes it on
 _KEYLESS_KINDS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"}
 
 
@@ -42,20 +45,23 @@ class Bucket:
         self.name = name
         self._opened: tuple[int, Any] | None = None
 
-    def run(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
+    def run(self, verb: str, path: str, action: Callable[[Any, str], T], *, is_guarded: bool = False) -> T:
         """Return `action(fsspec file system, key)`; run it again if a response is interrupted.
 
         Requests within the action are also retried individually by the same policy (:mod:`retry`), except that those to
         `gs://` are retried by gcsfs. Other failures raise a StorageError whose message names `verb` and `path`.
+        ``is_guarded``: the action begins with a check that may raise RunFailed, and is run again, check included, when
+        its requests have been retried for RECHECK_SECONDS: a process may be replaced during an outage.
         """
         key, attempt, first_failure = path.partition("://")[2], 0, 0.0
         while True:
             attempt += 1
+            token = _is_guarded.set(is_guarded)
             try:
                 result = action(self.file_system(), key)
                 OUTAGES.succeeded(self._own_server)
                 return result
-            except StorageError:
+            except (StorageError, RunFailed):
                 raise
             except Exception as error:
                 first_failure = first_failure or time.monotonic()
@@ -67,11 +73,15 @@ class Bucket:
                         True,
                         max(since, OUTAGES.failed(self._own_server, f"{verb}: {kind_of(error)}")),
                     )
+                if is_guarded and (outage := OUTAGES.longest()) is not None:
+                    again, since = True, max(since, outage)
                 wait = next_wait(attempt, since)
                 if wait is None or not again:
                     raise StorageError(masked(self._explain(verb, path, error))) from error
                 log.info("cannot %s %s (%s): retrying in %.1f s", verb, path, kind_of(error), wait)
                 time.sleep(wait)
+            finally:
+                _is_guarded.reset(token)
 
     @property
     def _own_server(self) -> str:
@@ -231,6 +241,8 @@ def _needs_retry(
     own = now - request_dict["context"].setdefault("first_failure", now)
     # Of the whole outage: requests that start in it do not wait longer than those that it began with.
     since = OUTAGES.failed(server, f"{operation.name} {request_dict['url_path']}: {reason}")
+    if _is_guarded.get() and own >= RECHECK_SECONDS:
+        return None
     return next_wait(attempts, max(own, since))
 
 

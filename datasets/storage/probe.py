@@ -7,6 +7,7 @@ import uuid
 from typing import Any
 
 from dreamfleet.datasets.errors import StorageError
+from dreamfleet.datasets.storage.conditional import supports_conditions
 from dreamfleet.datasets.storage.storage import Storage
 
 
@@ -40,6 +41,7 @@ def probe_storage(url: str, name: str = "") -> dict[str, Any]:
             began = time.perf_counter()
             operation()
             found["seconds"][doing] = time.perf_counter() - began
+        found["conditional"] = supports_conditions(folder)
     except StorageError as error:
         found |= {"failed": doing, "error": str(error)}
     return found

@@ -130,6 +130,11 @@ class Outages:
         if reported is not None and now - began >= 1.0:
             self.say(f"{server} answers again, after {now - began:.0f} s")
 
+    def longest(self) -> float | None:
+        """Return the seconds of the longest outage that has not ended; None without any."""
+        with self._lock:
+            return self.now() - min(self._began.values()) if self._began else None
+
     def is_open(self, server: str) -> bool:
         """Return whether the last request to a server failed; ``server`` may be the end of its name."""
         return any(name.endswith(server) for name in list(self._began))

@@ -21,6 +21,7 @@ from dreamfleet.datasets.storage.bucket_keys import (
     first_file,
     is_folder,
 )
+from dreamfleet.datasets.storage.conditional import CONDITIONS
 from dreamfleet.datasets.storage.disk import (
     as_storage_error,
     atomic_write,
@@ -35,6 +36,7 @@ from dreamfleet.datasets.storage.disk import (
 from dreamfleet.datasets.storage.object_store import Bucket, parse_address
 
 T = TypeVar("T")
+Check = Callable[[bool], None]
 
 
 class Storage:
@@ -54,6 +56,7 @@ class Storage:
         self.scheme, self.url = parse_address(text)
         self._connection: Bucket | None = None
         self._appended: dict[str, str] = {}
+        self._check: Check = _allow
 
     @property
     def is_local(self) -> bool:
@@ -66,10 +69,20 @@ class Storage:
         return os.path.join(self.url, *clean) if self.is_local else "/".join([self.url, *clean])
 
     def child(self, *parts: str) -> Storage:
-        """Return the storage of a subfolder."""
+        """Return the storage of a subfolder, with the same guard."""
         child = Storage(self.path(*parts))
-        child._connection = self._connection
+        child._connection, child._check = self._connection, self._check
         return child
+
+    def guarded(self, check: Check) -> Storage:
+        """Return this folder with a guard, which may raise to refuse a write or a removal.
+
+        ``check(fresh)`` is called before each of them, also before each repetition of a failed request; ``fresh`` is
+        False for text appended to a log, for which the result of a recent check is enough. Not pickled.
+        """
+        guarded = self.child()
+        guarded._check = check
+        return guarded
 
     def exists(self, rel: str = "") -> bool:
         """Return whether a file or folder exists; in a bucket a folder exists if it contains a file."""
@@ -174,14 +187,12 @@ class Storage:
         """Write a file atomically: if writing fails, an existing file is unchanged."""
         if self.is_local:
             path = self.path(rel)
-            with (
-                explain_errors("write", path),
-                atomic_write(path) as temporary,
-                open(temporary, "wb") as file,
-            ):
-                file.write(data)
+            with explain_errors("write", path), atomic_write(path) as temporary:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                self._check(True)
             return
-        self._on_bucket("write", rel, lambda fs, key: fs.pipe_file(key, data))
+        self._change("write", rel, lambda fs, key: fs.pipe_file(key, data))
 
     def write_text(self, rel: str, text: str) -> None:
         """Write a UTF-8 file, atomically as write_bytes does."""
@@ -196,6 +207,7 @@ class Storage:
         """
         if self.is_local:
             path = self.path(rel)
+            self._check(False)
             with explain_errors("write", path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 with open(path, "a", encoding="utf-8", newline="") as file:
@@ -204,7 +216,7 @@ class Storage:
         if rel not in self._appended:
             self._appended[rel] = self.read_text(rel) if self.exists(rel) else ""
         whole = self._appended[rel] + text
-        self.write_bytes(rel, whole.encode("utf-8"))
+        self._change("write", rel, lambda fs, key: fs.pipe_file(key, whole.encode("utf-8")), fresh=False)
         self._appended[rel] = whole
 
     @contextmanager
@@ -217,6 +229,7 @@ class Storage:
             path = self.path(rel)
             with explain_errors("write", path), atomic_write(path) as temporary, explains_full_disk(path):
                 yield Path(temporary)
+                self._check(True)
             return
         with tempfile.TemporaryDirectory(prefix="dreamfleet-") as folder:
             temporary_file = Path(folder) / rel.rsplit("/", 1)[-1]
@@ -231,20 +244,54 @@ class Storage:
             for name in Storage(source).list("", recursive=True):
                 self.upload(os.path.join(source, name), "/".join(part for part in (rel, name) if part))
         elif self.is_local:
+            self._check(True)
             copy_file(source, self.path(rel))
         elif not os.path.exists(source):
             raise as_storage_error("read", source, FileNotFoundError(errno.ENOENT, "No such file"))
         else:
-            self._on_bucket("write", rel, lambda fs, key: fs.put_file(source, key))
+            self._change("write", rel, lambda fs, key: fs.put_file(source, key))
 
     def remove(self, rel: str) -> None:
         """Remove a file or a folder with its content, if it exists."""
         self._appended.pop(rel, None)
+        self._check(True)
         if self.is_local:
             with explain_errors("remove", path := self.path(rel)):
                 remove_tree(path)
             return
         self._if_exists("remove", rel, lambda fs, key: fs.rm(key, recursive=True) or [])
+
+    # ---- conditional writes --------------------------------------------------------------------------
+
+    def read_version(self, rel: str) -> tuple[bytes, str]:
+        """Return the content of a file and its version for :meth:`write_if`; (b"", "") if it does not exist."""
+        read = CONDITIONS[self.scheme].read
+        if self.is_local:
+            with explain_errors("read", path := self.path(rel)):
+                return read(None, path)
+        return self._on_bucket("read", rel, read)
+
+    def write_if(self, rel: str, data: bytes, *, version: str) -> bool:
+        """Write a file if it still has ``version`` ("": does not exist); return whether it was written.
+
+        ``data`` must differ from what any other writer would write: a request whose answer was lost and that is sent
+        again then recognises its own data, and counts as written. See :mod:`conditional` for servers without this.
+        """
+        write = CONDITIONS[self.scheme].write
+        if self.is_local:
+            self._check(True)
+            with explain_errors("write", path := self.path(rel)):
+                return write(None, path, data, version)
+        return self._change("write", rel, lambda fs, key: write(fs, key, data, version))
+
+    def remove_if(self, rel: str, *, version: str) -> None:
+        """Remove a file if it still has ``version``."""
+        remove = CONDITIONS[self.scheme].remove
+        if self.is_local:
+            self._check(True)
+            with explain_errors("remove", path := self.path(rel)):
+                return remove(None, path, version)
+        return self._change("remove", rel, lambda fs, key: remove(fs, key, version))
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -265,11 +312,22 @@ class Storage:
         with explain_errors("write", target), atomic_write(target, durable=False) as temporary:
             self._on_bucket("read", rel, lambda fs, key: fs.get_file(key, temporary))
 
-    def _on_bucket(self, verb: str, rel: str, action: Callable[[Any, str], T]) -> T:
+    def _on_bucket(
+        self, verb: str, rel: str, action: Callable[[Any, str], T], *, is_guarded: bool = False
+    ) -> T:
         """Run `action(file system, key)` with the bucket's retries and error messages."""
         if self._connection is None:
             self._connection = Bucket(self.scheme, self.url.partition("://")[2].split("/", 1)[0])
-        return self._connection.run(verb, self.path(rel), action)
+        return self._connection.run(verb, self.path(rel), action, is_guarded=is_guarded)
+
+    def _change(self, verb: str, rel: str, action: Callable[[Any, str], T], *, fresh: bool = True) -> T:
+        """Run `action` as :meth:`_on_bucket`, with the guard's check before each attempt."""
+
+        def act(fs: Any, key: str) -> T:
+            self._check(fresh)
+            return action(fs, key)
+
+        return self._on_bucket(verb, rel, act, is_guarded=self._check is not _allow)
 
     def _if_exists(
         self, verb: str, rel: str, action: Callable[[Any, str], builtins.list[str]]
@@ -286,6 +344,10 @@ class Storage:
                 return []
 
         return self._on_bucket(verb, rel, act)
+
+
+def _allow(fresh: bool) -> None:
+    """Allow a write to a folder without a guard."""
 
 
 def read_uri(uri: str) -> bytes:

@@ -12,7 +12,7 @@ from lab.trial import Trial
 
 
 class FakeTrial(Trial):
-    """A trial with a given trace: rank 0 takes steps 1 to 4 and dies, and another process repeats 3 and 4 from 8 s on."""
+    """A trial with a given trace: rank 0 takes steps 1 to 4 and dies; a process that replaces it takes steps 3 to 6."""
 
     def __init__(self) -> None:
         """Write the trace."""

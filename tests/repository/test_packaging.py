@@ -100,18 +100,19 @@ def test_every_module_imports_from_the_installed_wheel(root: Path, site: Path, t
 @pytest.mark.slow
 def test_jobs_contain_the_same_files_as_the_wheel(wheel: Path, site: Path, tmp_path: Path) -> None:
     """Test jobs submitted from an installation and from this checkout, which may contain other files as well."""
-    from dreamfleet.cluster.jobs.package import write_wheel
+    from dreamfleet.cluster.jobs.code import code_files
 
-    def code_of(path: str | Path) -> dict[str, bytes]:
-        with zipfile.ZipFile(path) as archive:
-            return {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
-
-    send = "from dreamfleet.cluster.jobs.package import write_wheel\n    print(write_wheel(Path.cwd()))"
-    sent = run_python(f"{ONLY_INSTALLED}    {send}", site, cwd=tmp_path)
-    built = code_of(wheel)
-    assert code_of(sent.strip()) == built
-    (tmp_path / "checkout").mkdir()
-    checkout = code_of(write_wheel(tmp_path / "checkout"))
+    with zipfile.ZipFile(wheel) as archive:
+        built = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+    write = "from dreamfleet.cluster.jobs.code import write_code\n    write_code(Path.cwd() / 'sent')"
+    run_python(f"{ONLY_INSTALLED}    {write}", site, cwd=tmp_path)
+    sent = {
+        path.relative_to(tmp_path / "sent").as_posix(): path.read_bytes()
+        for path in (tmp_path / "sent" / "dreamfleet").rglob("*")
+        if path.is_file()
+    }
+    assert sent == built
+    checkout = {name: path.read_bytes() for name, path in code_files().items()}
     assert {name: checkout.get(name) for name in built} == built
     assert {name for name in checkout if name.endswith(".py")} <= set(built)
 

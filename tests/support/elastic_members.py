@@ -55,8 +55,8 @@ def work(
 def _plant(plan: dict[str, Any]) -> None:
     """Let this process kill or stop itself at the ``call``-th call of ``where``, or sleep in every step."""
     from dreamfleet.trainers.engines.torch_engine import TorchEngine
-    from dreamfleet.trainers.run.saves import Saves
     from dreamfleet.trainers.run.evaluation import Evaluation
+    from dreamfleet.trainers.run.saves import Saves
 
     places: dict[str, tuple[Any, str]] = {
         "backward": (TorchEngine, "objective"),  # after the forward pass, before gradients are sent

@@ -21,7 +21,8 @@ from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.methods.base import Loss
 from dreamfleet.trainers.methods.textual_inversion import TextualInversion
 from dreamfleet.trainers.recipe import build_recipe
-from dreamfleet.trainers.run.checkpoint import Checkpoints, find_not_finite
+from dreamfleet.trainers.run.checkpoint import Checkpoints
+from dreamfleet.trainers.run.finite import find_not_finite
 from dreamfleet.trainers.run.run import run_worker
 
 WORD = {"name": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "cat"}

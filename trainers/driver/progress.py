@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from dreamfleet.datasets.errors import StorageError, UserError
+from dreamfleet.datasets.errors import LeaseLost, StorageError, UserError
 from dreamfleet.datasets.storage.background import LINES
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.throughput import Pace
@@ -269,6 +269,8 @@ class _RunLog(logging.Handler):
             try:
                 if text:
                     self.run.append_text(LOG_FILE, text)
+            except LeaseLost:  # the log belongs to another process now
+                return
             except Exception:  # noqa: BLE001 - a handler must not raise, and a warning would come back here
                 with self._guard:
                     self._pending = text + self._pending

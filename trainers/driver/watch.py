@@ -146,7 +146,11 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
         reported = find_cause(errors, hung=hung, drained=drained)
         beats = self._beats(workers)
         failed = beats.get(reported.rank)
-        step = failed.step if failed else max((beat.step for beat in beats.values()), default=None)
+        if (
+            reported.cause != "error" or failed is None
+        ):  # what is known of a dead worker may be two seconds old
+            failed = max(beats.values(), key=lambda beat: beat.step, default=None)
+        step = failed.step if failed is not None else None
         failure = Failure(
             reported.cause,
             reported.error,

@@ -26,8 +26,8 @@ def train_worker(
 ) -> dict[str, Any]:
     """Train as one of the workers that Ray Train starts; return the run's summary as plain data.
 
-    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share``, ``backend`` and ``waited``; ``sent`` is the
-    result of ``environment.variables_to_send``. ``coordinator``: its address and key. A worker that starts while
+    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share``, ``backend``, ``waited`` and ``owner``; ``sent``
+    is the result of ``environment.variables_to_send``. ``coordinator``: its address and key. A worker that starts while
     others train joins them. If all workers start, they resume from the newest valid checkpoint in the run folder; for
     a new run the driver has checked that there is none. A worker that leaves a run, which the others continue, returns
     ``{"left": reason}``.
@@ -38,6 +38,7 @@ def train_worker(
 
     from dreamfleet.trainers.driver.evaluator import RayEvaluator
     from dreamfleet.trainers.recipe import build_recipe
+    from dreamfleet.trainers.run.fence import Fence
     from dreamfleet.trainers.run.run import run_worker
 
     publish_runs()
@@ -46,7 +47,8 @@ def train_worker(
     rank, world = context.get_world_rank(), context.get_world_size()
     device = _device(of_group=coordinator is None)
     recipe = build_recipe(config["recipe"])
-    run = Storage(recipe.output_dir)
+    fence = Fence(Storage(recipe.output_dir), config["owner"])
+    run = fence.guarded()
     set_node(ray.util.get_node_ip_address())
     with (
         training_here(Pulse()) as pulse,
@@ -65,6 +67,7 @@ def train_worker(
                 should_stop=should_stop,
                 waited=config["waited"],
                 pulse=pulse,
+                fence=fence,
                 membership=membership,
                 on_main=be_verbose,
                 make_evaluator=lambda begins: RayEvaluator(

@@ -163,7 +163,8 @@ class _UnitOrder(_Sum):
     def whole(self) -> Tensor:
         assert self._own is not None
         whole = self._own.new_empty(self.world * len(self._own))
-        dist.all_gather_into_tensor(whole.view(torch.uint8), self._own.view(torch.uint8))
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # until torch 2.12
+        gather(whole.view(torch.uint8), self._own.view(torch.uint8))
         self._own = None
         return whole
 

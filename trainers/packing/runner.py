@@ -22,6 +22,7 @@ from dreamfleet.trainers.packing.shared_models import SharedModels
 from dreamfleet.trainers.packing.slot import Slot
 from dreamfleet.trainers.packing.task import End, Task, TaskSource
 from dreamfleet.trainers.recipe import Recipe, build_recipe
+from dreamfleet.trainers.run.fence import Owner
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def run_tasks(
     gpu_share: float = 1.0,
     host_share: float = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
+    owner: Owner | None = None,
 ) -> None:
     """Run the tasks of a source until it is done, at most ``capacity`` at a time.
 
@@ -44,11 +46,11 @@ def run_tasks(
     ordinary run that resumes from its newest checkpoint. A task that fails ends alone. ``should_stop``: running tasks
     save a checkpoint and end as interrupted, and no more are started. ``gpu_share``: the fraction of the GPU's memory
     that all tasks together may use; ``host_share``: of this machine's. With ``scaling.slots_per_worker: auto`` no more
-    tasks are started than their memory is predicted to allow.
+    tasks are started than their memory is predicted to allow. ``owner``: of the folder that all tasks are in.
     """
     with on_device(device, remedies=TRAINING) as settled:
         distributed = DistributedContext(device=settled, gpu_share=gpu_share)
-        _Runner(source, capacity, distributed, should_stop, host_share).run()
+        _Runner(source, capacity, distributed, should_stop, host_share, owner).run()
 
 
 def train_packed(
@@ -94,8 +96,9 @@ class _Runner:
         distributed: DistributedContext,
         should_stop: Callable[[], bool],
         host_share: float = 1.0,
+        owner: Owner | None = None,
     ):
-        self.source, self.capacity, self.distributed = source, capacity, distributed
+        self.source, self.capacity, self.distributed, self.owner = source, capacity, distributed, owner
         self.should_stop, self.host_share = should_stop, host_share
         self.fits = capacity  # slots that the memory holds, counted for the recipes of this key:
         self._counted: Hashable = None
@@ -164,9 +167,9 @@ class _Runner:
 
     def _start(self, task: Task, recipe: Recipe, reason: str | None) -> None:
         self.source.on_start(task)
-        options: dict[str, Any] = {"load": self.models.lend_to_train}
+        options: dict[str, Any] = {"load": self.models.lend_to_train, "owner": self.owner}
         if reason is None:
-            options = {"load": self.models.lend, "settle": self._settle_packed}
+            options |= {"load": self.models.lend, "settle": self._settle_packed}
             if not self.slots and (self.pack is None or pack_key(recipe) != self._key):
                 self.pack, self._key = None, pack_key(recipe)
                 self.models.clear()

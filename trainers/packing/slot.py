@@ -21,6 +21,7 @@ from dreamfleet.trainers.methods.base import Loss
 from dreamfleet.trainers.packing.rounds import STOPPED, NewRounds, write_end
 from dreamfleet.trainers.packing.task import End, ExitReason, Task, TaskSource
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.run.fence import Fence, Owner
 from dreamfleet.trainers.run.run import run_steps
 from dreamfleet.trainers.run.summary import Summary
 
@@ -38,7 +39,8 @@ def in_slot() -> bool:
 class Slot:
     """One task in progress; :attr:`micro` is the pass that it waits for, :attr:`end` is set when it has ended.
 
-    ``options`` are those of :func:`run_steps`. ``should_stop``: whether all tasks save a checkpoint and end.
+    ``options`` are those of :func:`run_steps`. ``should_stop``: whether all tasks save a checkpoint and end. ``owner``:
+    of the folder that the task's is in.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Slot:
         distributed: DistributedContext,
         *,
         should_stop: Callable[[], bool],
+        owner: Owner | None = None,
         **options: Any,
     ):
         self.task, self.source = task, source
@@ -56,7 +59,8 @@ class Slot:
         self.end: End | None = None
         self.is_undecided = False  # the source has not decided yet whether the task continues after a round
         self._started, self._is_stopped = time.monotonic(), False  # stopped by the source
-        self._run, self._resources = Storage(recipe.output_dir), ExitStack()
+        fence = Fence(Storage(recipe.output_dir), owner)
+        self._run, self._resources = fence.guarded(), ExitStack()
         self._rounds = NewRounds(self._run, task.figures, last_step=task.last_step)
         self._resources.enter_context(patience(recipe.storage.patience_seconds))
         self._resources.enter_context(
@@ -69,6 +73,7 @@ class Slot:
             resume=True,
             should_stop=lambda: should_stop() or stopped_here(),
             on_progress=self._rounds.note,
+            fence=fence,
             **options,
         )
         self.advance(None)

@@ -118,12 +118,9 @@ class EventLog:
                     self._changed.wait_for(lambda: self._is_closed, timeout=BUCKET_SECONDS)
 
 
-def open_rank_events(run: Storage, rank: int = 0) -> EventLog:
-    """Return the events of a rank for a new attempt of a run; only rank 0 writes any."""
-    if rank:
-        return NoEvents()
-    number = 1 + sum(name.startswith("rank-0-attempt-") for name in run.list(FOLDER))
-    return EventLog(run, f"rank-0-attempt-{number:04d}")
+def open_rank_events(run: Storage, rank: int = 0, *, attempt: int) -> EventLog:
+    """Return the events of a rank for an attempt of a run, by its number; only rank 0 writes any."""
+    return NoEvents() if rank else EventLog(run, f"rank-0-attempt-{attempt:04d}")
 
 
 class NoEvents(EventLog):

@@ -30,18 +30,18 @@ class MetricsLog:
     resumed run first removes the lines after ``start_step``, so that the file is that of an uninterrupted run.
     """
 
-    def __init__(self, run: Storage, *, start_step: int = 0):
+    def __init__(self, run: Storage, *, start_step: int = 0, keeps_all: bool = False):
         self.run = run
         kept = [line for line in read_metrics(run) if line["step"] <= start_step] if start_step else []
-        self.run.write_text(FILE, "".join(json_text(line) + "\n" for line in kept))
+        if not keeps_all:
+            self.run.write_text(FILE, "".join(json_text(line) + "\n" for line in kept))
         self._pending, self._written = "", time.monotonic()
         self._guard, self._writing = threading.Lock(), threading.Lock()
 
     @classmethod
     def continued(cls, run: Storage, lines: Sequence[dict[str, Any]]) -> MetricsLog:
         """Return the log of a run whose writer was lost, after adding those of ``lines`` that it did not write."""
-        log = cls.__new__(cls)
-        log.run, log._pending, log._written = run, "", time.monotonic()
+        log = cls(run, keeps_all=True)
         written = {_identity(line) for line in read_metrics(run)}
         for line in lines:
             if _identity(line) not in written:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,12 @@ from torch import Tensor
 from dreamfleet.datasets.errors import CheckpointError, StorageError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.run.fence import Fence
+from dreamfleet.trainers.run.finite import find_not_finite
+from dreamfleet.trainers.run.lease import LeaseFile
+from dreamfleet.trainers.run.manifests import MANIFEST, find_manifest, path_of, stored_name
 
 log = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
 ENGINE, EXPORTED = (
     "engine.pt",
     "ema.pt",
@@ -48,20 +51,23 @@ class Checkpoints:
 
     A checkpoint is valid if it has a manifest, which is written after the files that it names, and if the
     files have the sizes and hashes of the manifest. Incomplete or changed checkpoints are skipped with a
-    warning.
+    warning, and those of a process that had been replaced (:func:`is_superseded`) without one. ``fence``: of the
+    process that saves.
     """
 
-    def __init__(self, run: Storage, *, limit: int | None = None):
-        self.storage, self.limit = run.child("checkpoints"), limit
+    def __init__(self, run: Storage, *, limit: int | None = None, fence: Fence | None = None):
+        self.storage, self.limit, self.fence = run.child("checkpoints"), limit, fence
+        self._lease = LeaseFile(run)
         self.best: int | None = None  # the step whose checkpoint is kept beyond the limit
         self.in_use = set[int]()  # steps whose checkpoints another process reads; they are kept as well
 
     def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, oldest first."""
+        """Return the steps of the complete checkpoints that are not superseded, oldest first."""
+        attempts = self._lease.read().attempts
         found = []
         for name in self.storage.list_dirs():
             step = name.removeprefix("step-")
-            if step.isdigit() and self.storage.exists(f"{name}/{MANIFEST}"):
+            if step.isdigit() and find_manifest(self.storage.list(name), int(step), attempts):
                 found.append(int(step))
         return sorted(found)
 
@@ -93,21 +99,23 @@ class Checkpoints:
             ),
         }
         try:
-            self._clear(name)
-            entries = {file: self._write(f"{name}/{file}", writer) for file, writer in writers.items()}
-            self.storage.write_text(
-                f"{name}/{MANIFEST}", json_text({"step": step, "files": entries}, indent=1)
-            )
+            entries = {file: self._write(name, file, writer) for file, writer in writers.items()}
+            self.publish(step, entries)
         except StorageError:
-            self._remove_quietly(name)
+            for file in writers:
+                self._remove_quietly(f"{name}/{stored_name(file, self.fence)}")
+            if not self.storage.list(name):
+                self._remove_quietly(name)
             raise
 
     def adopt(self, other: Checkpoints, step: int) -> None:
-        """Copy the checkpoint of ``step`` from another, local folder; its manifest is copied last."""
-        name = folder_name(step)
-        self._clear(name)
-        for file in (*other._read_manifest(name)["files"], MANIFEST):
-            self.storage.upload(other.storage.path(name, file), f"{name}/{file}")
+        """Copy the checkpoint of ``step`` from another, local folder; its manifest is written last."""
+        name, files = folder_name(step), {}
+        for file, entry in other._read_manifest(step)["files"].items():
+            stored = stored_name(file, self.fence)
+            self.storage.upload(other.storage.path(name, file), f"{name}/{stored}")
+            files[file] = entry if stored == file else {**entry, "path": stored}
+        self.publish(step, files)
 
     def explain(self, step: int, error: StorageError) -> StorageError:
         """Return the error of a save that failed, which names the newest intact checkpoint."""
@@ -117,6 +125,19 @@ class Checkpoints:
             earlier = []
         kept = f"; the checkpoint of step {earlier[-1]} is intact, continue with --resume" if earlier else ""
         return StorageError(f"checkpoint of step {step} could not be saved: {error}{kept}")
+
+    def publish(self, step: int, files: dict[str, Any]) -> None:
+        """Write the manifest of a checkpoint whose ``files`` are stored; then remove files of earlier attempts.
+
+        Until then a checkpoint of the same step that an earlier attempt saved stays valid.
+        """
+        name, manifest = folder_name(step), stored_name(MANIFEST, self.fence)
+        content = {"step": step, "attempt": self.fence.attempt if self.fence else 0, "files": files}
+        self.storage.write_text(f"{name}/{manifest}", json_text(content, indent=1))
+        kept = {manifest, *(path_of(files, file) for file in files)}
+        for file in self.storage.list(name):
+            if file not in kept:
+                self.storage.remove(f"{name}/{file}")
 
     def prune(self, newest: int) -> None:
         """Remove checkpoints beyond the limit, counted from the one of step ``newest``, except the best."""
@@ -138,20 +159,23 @@ class Checkpoints:
         that cannot be read.
         """
         name = folder_name(step)
-        files = self._read_manifest(name)["files"]
+        manifest, stored_manifest = self._read_manifest(step), self._manifest_of(step)
+        files = manifest["files"]
+        path = path_of(files, ENGINE)
         if ENGINE in files and has_ema:
-            with self.storage.local_copy(f"{name}/{ENGINE}") as path:
+            with self.storage.local_copy(f"{name}/{path}") as local:
                 try:
-                    engine = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                    engine = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
                 except Exception as error:
                     raise CheckpointError(f"checkpoint {name} cannot be read: {error}") from error
                 if "ema" in engine:
                     left = {"ema": engine["ema"]}
-                    files[EXPORTED] = self._write(f"{name}/{EXPORTED}", lambda file: torch.save(left, file))
+                    files[EXPORTED] = self._write(name, EXPORTED, lambda file: torch.save(left, file))
         if files.pop(ENGINE, None):
-            manifest = {"step": step, "files": files}
-            self.storage.write_text(f"{name}/{MANIFEST}", json_text(manifest, indent=1))
-        self.storage.remove(f"{name}/{ENGINE}")
+            self.storage.write_text(
+                f"{name}/{stored_manifest}", json_text({**manifest, "files": files}, indent=1)
+            )
+        self.storage.remove(f"{name}/{path}")
 
     def load_latest(self) -> Checkpoint | None:
         """Read the newest valid checkpoint; None if there is none. Skip damaged ones with a warning."""
@@ -175,14 +199,15 @@ class Checkpoints:
     def load(self, step: int) -> Checkpoint:
         """Read the checkpoint of ``step``. Raises CheckpointError if it is missing, damaged or not finite."""
         name = folder_name(step)
-        files = self._read_manifest(name)["files"]
+        files = self._read_manifest(step)["files"]
         wanted = {file: (entry["size"], entry["sha256"]) for file, entry in files.items()}
         # Tensors are loaded from files: to read a file into bytes first would hold the model in memory twice.
         with ExitStack() as stack:
             paths = {}
             for file, expected in wanted.items():
                 try:
-                    paths[file] = stack.enter_context(self.storage.local_copy(f"{name}/{file}"))
+                    stored = f"{name}/{path_of(files, file)}"
+                    paths[file] = stack.enter_context(self.storage.local_copy(stored))
                     found = _measure(paths[file])
                 except (StorageError, OSError) as error:
                     raise CheckpointError(f"checkpoint {name}: {file} cannot be read ({error})") from error
@@ -207,26 +232,35 @@ class Checkpoints:
 
     def digest(self, step: int) -> str:
         """Return the sha256 of a checkpoint's manifest, which contains the hashes of its files."""
-        return hashlib.sha256(self.storage.read_bytes(f"{folder_name(step)}/{MANIFEST}")).hexdigest()
+        name = folder_name(step)
+        return hashlib.sha256(self.storage.read_bytes(f"{name}/{self._manifest_of(step)}")).hexdigest()
 
-    def _read_manifest(self, name: str) -> dict[str, Any]:
+    def _manifest_of(self, step: int) -> str:
+        """Return the name of the manifest of a step; that of a missing one if there is none."""
+        names = self.storage.list(folder_name(step))
+        return find_manifest(names, step, self._lease.read().attempts) or MANIFEST
+
+    def _read_manifest(self, step: int) -> dict[str, Any]:
+        name = folder_name(step)
         try:
-            manifest: dict[str, Any] = json.loads(self.storage.read_text(f"{name}/{MANIFEST}"))
+            manifest: dict[str, Any] = json.loads(self.storage.read_text(f"{name}/{self._manifest_of(step)}"))
             for entry in manifest["files"].values():
                 entry["size"], entry["sha256"]
         except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"checkpoint {name}: its manifest cannot be read ({error})") from error
         return manifest
 
-    def _write(self, rel: str, writer: Callable[[Path], object]) -> dict[str, Any]:
-        with self.storage.staging(rel) as path:
-            writer(path)
-            return dict(zip(("size", "sha256"), _measure(path), strict=True))
+    def _write(self, name: str, file: str, writer: Callable[[Path], object]) -> dict[str, Any]:
+        """Write a file of a checkpoint; return its entry in the manifest.
 
-    def _clear(self, name: str) -> None:
-        """Remove what a crash may have left of a checkpoint: its manifest must not remain beside new files."""
-        if self.storage.exists(name):
-            self.storage.remove(name)
+        From the second attempt on its name contains the attempt: a write of a process that was replaced, which the
+        network delivers late, then never changes a file of its successor.
+        """
+        stored = stored_name(file, self.fence)
+        with self.storage.staging(f"{name}/{stored}") as path:
+            writer(path)
+            entry: dict[str, Any] = dict(zip(("size", "sha256"), _measure(path), strict=True))
+        return entry if stored == file else {**entry, "path": stored}
 
     def _remove_quietly(self, name: str) -> None:
         try:
@@ -248,28 +282,6 @@ def require_optimizer(found: Checkpoint, action: str) -> None:
 def folder_name(step: int) -> str:
     """Return the name of the folder of a step's checkpoint."""
     return f"step-{step:06d}"
-
-
-def find_not_finite(state: Any, name: str = "") -> str | None:
-    """Return the name of a tensor with infinite or NaN values in nested dicts and lists; None without one."""
-    tensors = dict(_floating(state, name))
-    if not tensors:
-        return None
-    # A norm is not finite if an element is not, and is computed ten times as fast as a test of each element. Norms of
-    # large finite elements overflow, so that what they suspect is tested exactly.
-    norms = [torch.linalg.vector_norm(tensor).float() for tensor in tensors.values()]
-    home = norms[0].device  # one transfer to the host for all tensors
-    good = torch.stack([norm.to(home) for norm in norms]).isfinite().tolist()
-    suspects = (name for name, is_good in zip(tensors, good, strict=True) if not is_good)
-    return next((name for name in suspects if not tensors[name].isfinite().all()), None)
-
-
-def _floating(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        yield name, value.detach()
-    elif isinstance(value, dict | list | tuple):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _floating(inner, f"{name}.{key}".lstrip("."))
 
 
 def _measure(path: Path) -> tuple[int, str]:

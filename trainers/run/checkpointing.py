@@ -14,7 +14,8 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.report.events import EventLog
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.build import Parts
-from dreamfleet.trainers.run.checkpoint import Checkpoints, find_not_finite, folder_name
+from dreamfleet.trainers.run.checkpoint import Checkpoints, folder_name
+from dreamfleet.trainers.run.finite import find_not_finite
 from dreamfleet.trainers.run.host_copy import HostCopy
 from dreamfleet.trainers.run.provenance import run_identity
 from dreamfleet.trainers.run.saves import Saves

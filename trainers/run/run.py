@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.events import open_rank_events
 from dreamfleet.trainers.run.build import Load
 from dreamfleet.trainers.run.checkpoint import Checkpoints
+from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.restore import newest_checkpoint
 from dreamfleet.trainers.run.rounds import MakeEvaluator
 from dreamfleet.trainers.run.session import Session
@@ -44,6 +46,7 @@ def run_worker(
     pulse: Pulse | None = None,
     membership: Membership | None = None,
     on_main: Callable[[], None] = lambda: None,
+    fence: Fence | None = None,
     make_evaluator: MakeEvaluator | None = None,
 ) -> Summary:
     """Train a whole run on this worker; return the run's summary, which is the same on every rank.
@@ -52,9 +55,9 @@ def run_worker(
     that the run may use, below 1 if other processes use the device too. ``resume``: continue from the newest
     valid checkpoint, if there is one. ``should_stop`` is polled every step; True saves a checkpoint and ends
     the run. ``waited``: the seconds before this worker was started, which count as start-up. ``pulse``: the progress,
-    which other threads read. ``make_evaluator``: starts the process that computes the rounds with
-    ``validation.resources``; without it the workers compute them. Raises Preempted after a checkpoint if a worker was
-    given notice to leave.
+    which other threads read. ``fence``: of the process that owns the run folder; by default only a newer attempt is
+    noticed. ``make_evaluator``: starts the process that computes the rounds with ``validation.resources``; without it
+    the workers compute them. Raises Preempted after a checkpoint if a worker was given notice to leave.
 
     ``membership``: the workers come and go, and it opens their process groups; ``rank`` and ``world`` are then
     ignored. Without it the caller has opened the one group of ``world`` workers. ``on_main`` is called when this
@@ -75,6 +78,7 @@ def run_worker(
                 pulse=pulse,
                 membership=membership,
                 on_main=on_main,
+                fence=fence,
                 make_evaluator=make_evaluator,
             )
         )
@@ -93,6 +97,7 @@ def run_steps(
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]] = settle_engine,
     membership: Membership | None = None,
     on_main: Callable[[], None] = lambda: None,
+    fence: Fence | None = None,
     make_evaluator: MakeEvaluator | None = None,
 ) -> Training[Summary]:
     """Train a whole run as :func:`run_worker`; a generator that yields micro-batches and is sent their losses.
@@ -101,6 +106,7 @@ def run_steps(
     returns the recipe with its engine selected, and the reason.
     """
     clock, pulse = clock or Clock(), pulse or Pulse()
+    fence = fence or Fence(Storage(recipe.output_dir), None)
 
     def start() -> Session:
         return _start(
@@ -111,9 +117,10 @@ def run_steps(
             settle=settle,
             membership=membership,
             pulse=pulse,
+            fence=fence,
             make_evaluator=make_evaluator,
             load=load,
-            should_stop=should_stop,
+            should_stop=fence.watched(should_stop),
             on_progress=on_progress,
         )
 
@@ -192,13 +199,16 @@ def _start(
     clock: Clock,
     settle: Callable[[Recipe, DistributedContext], tuple[Recipe, str]],
     membership: Membership | None,
+    fence: Fence,
     **options: Any,
 ) -> Session:
     """Build the session of this rank from the newest checkpoint, or to join other workers if it is alone."""
-    run = Storage(recipe.output_dir)
-    checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit)
+    run = fence.guarded()
+    checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit, fence=fence)
     found = newest_checkpoint(checkpoints, distributed) if resume and not distributed.alone else None
-    events = open_rank_events(run, 0 if distributed.is_main else 1)
+    if not distributed.alone:
+        distributed.on_rank_0(partial(fence.begin, step=found.step if found else 0))
+    events = open_rank_events(run, 0 if distributed.is_main else 1, attempt=fence.attempt)
     events.add("start", step=found.step if found else 0, seconds=clock.start_up, world=distributed.world)
     recipe, engine_reason = settle(recipe, distributed)
     if membership is not None:
@@ -216,5 +226,6 @@ def _start(
         clock=clock,
         engine_reason=engine_reason,
         membership=membership,
+        fence=fence,
         **options,
     )

@@ -1,29 +1,34 @@
-"""Opens, checks and locks run folders; defines the names of their metrics, log, stop and marker files."""
+"""Opens, checks and owns run folders; defines the names of their metrics, log, stop and marker files."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from filelock import lock_descriptor
+import yaml
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError, StorageError, UserError
+from dreamfleet.datasets.errors import CheckpointError, RecipeError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.differences import describe_differences
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.events import FOLDER as EVENTS
+from dreamfleet.trainers.run.claim import describe_holder
+from dreamfleet.trainers.run.fence import Fence, Owner
+from dreamfleet.trainers.run.lease import LEASE_FILE
+from dreamfleet.trainers.run.ownership import Ownership, hold
 
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "run.log"
 STOP_FILE = "STOP"  # written by the driver or by a user: the run then saves a checkpoint and ends
 MARKER_PREFIX = ".seen-"  # of files that test whether machines share a folder
 # Files and folders that may remain after a start that failed before training
-LEFTOVERS = (LOG_FILE, STOP_FILE, EVENTS, "hangs")
-
-logger = logging.getLogger(__name__)
+LEFTOVERS = (LOG_FILE, STOP_FILE, EVENTS, "hangs", LEASE_FILE)
+# Sections of a recipe that may differ between two starts of one run: they determine where it runs, not what it trains
+CHANGEABLE = ("engine", "scaling", "storage", "output_dir", "report_to")
 
 
 def is_used(folder: Storage) -> bool:
@@ -33,11 +38,11 @@ def is_used(folder: Storage) -> bool:
     return any(folder.has_files(name) for name in folder.list_dirs() if name not in LEFTOVERS)
 
 
-def is_resumed(recipe: Recipe, marker: str, *, what: str, resume: bool) -> bool:
+def is_resumed(recipe: Recipe, marker: str, *, what: str, resume: bool, continues: bool = False) -> bool:
     """Return whether ``output_dir`` holds a run, search or fleet (``what``) to continue; False if it is unused.
 
-    ``marker`` is a file that every such folder has. Raises RecipeError if the folder holds other files, or holds one
-    and ``resume`` is False.
+    ``marker`` is a file that every such folder has: its recipe. Raises RecipeError if the folder holds other files, or
+    holds one and neither ``resume`` nor ``continues``, or one with other settings and ``continues``.
     """
     folder = Storage(recipe.output_dir)
     if not folder.exists(marker):
@@ -46,26 +51,42 @@ def is_resumed(recipe: Recipe, marker: str, *, what: str, resume: bool) -> bool:
                 f"output_dir {recipe.output_dir} is not empty and holds no {what}; use another output_dir"
             )
         return False
-    if not resume:
+    if not (resume or continues):
+        holder = describe_holder(folder)
+        in_use = f" (in use by {holder})" if holder else ""
         raise RecipeError(
-            f"output_dir {recipe.output_dir} holds a {what} already; continue it with --resume, or use another "
+            f"output_dir {recipe.output_dir} holds a {what} already{in_use}; continue it with --resume, or use another "
             "output_dir"
         )
+    if continues and not resume:
+        _require_equal(recipe, folder, marker, what=what)
     return True
 
 
-def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
-    """Return the run folder of a recipe; it may hold a run only with ``resume``.
+def _require_equal(recipe: Recipe, folder: Storage, marker: str, *, what: str) -> None:
+    """Raise RecipeError if the folder's recipe has other settings, with the difference key by key."""
+    before, now = yaml.safe_load(folder.read_text(marker)), yaml.safe_load(recipe.to_yaml())
+    for tree in (before, now):
+        for name in CHANGEABLE:
+            tree.pop(name, None)
+    if changed := describe_differences(before, now):
+        shown = "".join(f"\n  {line}" for line in changed[:20])
+        raise RecipeError(
+            f"output_dir {recipe.output_dir} holds a {what} with other settings; restore them, or use another "
+            f"output_dir:{shown}"
+        )
 
-    Raises RecipeError if the folder holds other files, or holds a run and ``resume`` is False;
-    CheckpointError if it holds a run of another method.
+
+def open_run_folder(recipe: Recipe, *, resume: bool, continues: bool = False) -> Storage:
+    """Return the run folder of a recipe; it may hold a run only with ``resume``, or an equal one with ``continues``.
+
+    Raises RecipeError if the folder holds other files, or holds a run that may not be continued; CheckpointError if it
+    holds a run of another method.
     """
     run = Storage(recipe.output_dir)
-    if not is_resumed(recipe, "recipe.yaml", what="run", resume=resume):
+    if not is_resumed(recipe, RECIPE_FILE, what="run", resume=resume, continues=continues):
         return run
-    import yaml
-
-    before = yaml.safe_load(run.read_text("recipe.yaml"))["method"]["name"]
+    before = yaml.safe_load(run.read_text(RECIPE_FILE))["method"]["name"]
     if before != recipe.method.name:
         raise CheckpointError(
             f"output_dir {recipe.output_dir} holds a run of {before}, and this recipe is for {recipe.method.name}; "
@@ -75,52 +96,30 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Storage:
 
 
 @contextmanager
-def locked(run: Storage) -> Iterator[None]:
-    """Lock a run folder within this context; at the end, remove the files and folder of a failed start.
+def own(
+    folder: Storage,
+    owner: Owner | None = None,
+    *,
+    take_over: bool = False,
+    wait: Callable[[], object] | None = None,
+    say: Callable[[str], None] = logger.info,
+) -> Iterator[Fence | Ownership]:
+    """Own the folder of a run, search or fleet within this context; at the end, remove the files of a failed start.
 
-    Raises RecipeError if another process trains into the folder, StorageError if it cannot be created. The
-    lock is on the local folder itself (no lock file) and ends with the process at the latest. It excludes
-    processes of this machine; whether it excludes other machines that mount the folder depends on the file
-    system. Buckets are not locked. A start has failed if the folder has no ``recipe.yaml``.
+    ``owner``: of the search or fleet that the run is part of, which owns the folder already. A start has failed if the
+    folder holds nothing but log, lease and events. Other arguments and errors are those of :func:`hold`.
     """
-    with _locked_on_disk(Path(run.path())) if run.is_local else contextlib.nullcontext():
-        try:
-            yield
-        finally:
-            with contextlib.suppress(UserError):  # the bucket cannot be reached
-                if not run.exists("recipe.yaml"):
-                    for name in LEFTOVERS:
-                        run.remove(name)
-
-
-@contextmanager
-def _locked_on_disk(folder: Path) -> Iterator[None]:
-    is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"output_dir {folder} cannot be created: {error.strerror}; use another output_dir"
-        ) from error
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(descriptor, folder)
-        yield
-    finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # not empty: it holds a run
-                folder.rmdir()
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        locked = lock_descriptor(descriptor, blocking=False)
-    except OSError as error:  # for example a network file system without locks
-        logger.debug("%s cannot be locked: %s", folder, error)
+    if owner is not None:
+        yield Fence(folder, owner)
         return
-    if not locked:
-        raise RecipeError(
-            f"output_dir {folder}: another process is training into it now; wait until it ends, or use another "
-            "output_dir"
-        )
+    with hold(folder, take_over=take_over, wait=wait, is_left_over=_is_left_over, say=say) as ownership:
+        yield ownership
+
+
+def _is_left_over(folder: Storage) -> bool:
+    if is_used(folder):
+        return False
+    for name in LEFTOVERS:
+        if name != LEASE_FILE:
+            folder.remove(name)
+    return True

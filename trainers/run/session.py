@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Any
 
-from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.membership import Membership
 from dreamfleet.trainers.distributed.pulse import Preempted, Pulse
@@ -22,6 +21,7 @@ from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
 from dreamfleet.trainers.run.evaluation import Evaluation, training_grid
 from dreamfleet.trainers.run.export import export_artifacts
+from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.recorder import Recorder
 from dreamfleet.trainers.run.restore import restore
 from dreamfleet.trainers.run.rounds import MakeEvaluator, choose_evaluation, make_rounds
@@ -53,6 +53,7 @@ class Session:
         engine_reason: str,
         pulse: Pulse,
         should_stop: Callable[[], bool] = lambda: False,
+        fence: Fence,
         membership: Membership | None = None,
         make_evaluator: MakeEvaluator | None = None,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
@@ -60,15 +61,13 @@ class Session:
     ):
         self.recipe, self.distributed, self.clock = recipe, distributed, clock
         self.engine_reason, self.pulse, self.membership = engine_reason, pulse, membership
-        self.should_stop = should_stop
+        self.should_stop, self.fence = should_stop, fence
         self.is_open = False  # whether the state is that of the run: it has started, or was received
         begins = found is None and not distributed.alone
         self.parts = parts = assemble(recipe, distributed, begins=begins, load=load)
         with ExitStack() as undo:
             undo.enter_context(closing(parts.engine))
-            self.recorder = Recorder(
-                parts, Storage(recipe.output_dir), on_progress=on_progress, events=events
-            )
+            self.recorder = Recorder(parts, fence.guarded(), on_progress=on_progress, events=events)
             self.recorder.follow(pulse)
             self.stages = make_stages(
                 self.recorder.run, distributed.device, recipe.train.profile_steps, rank=distributed.rank
@@ -288,7 +287,8 @@ class Session:
 
     def _take_over(self) -> None:
         """Become the rank that writes the run folder, after the one before was lost or left."""
-        self.recorder.events = open_rank_events(self.recorder.run, 0)
+        self.fence.begin(step=self.done)
+        self.recorder.events = open_rank_events(self.recorder.run, 0, attempt=self.fence.attempt)
         self.checkpointing.saves.events = self.recorder.events
         self.recorder.take_over(self.done)
         self.checkpointing.recall_best(self.recorder.run)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dreamfleet.datasets.errors import UserError
+from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.run.run_folder import STOP_FILE
 
@@ -46,7 +46,7 @@ class Stop:
         self.say("stopping after a checkpoint is saved (interrupt again to stop now, without a checkpoint)")
         try:
             self.run.write_text(STOP_FILE, "")
-        except UserError as error:  # such as a bucket that cannot be reached
+        except (UserError, RunFailed) as error:  # such as a bucket that cannot be reached
             self.say(f"the stop request did not reach the workers: {error}; interrupt again to stop now")
 
 
@@ -65,7 +65,7 @@ def stop_on_signal(run: Storage, say: Callable[[str], None]) -> Iterator[Stop]:
     try:
         yield stop
         if stop.requested.is_set():
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError, RunFailed):
                 run.remove(STOP_FILE)
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -18,7 +18,9 @@ from dreamfleet.trainers.driver.progress import Display
 from dreamfleet.trainers.models.vision.judge_files import check_judges
 from dreamfleet.trainers.recipe import Recipe, build_recipe, load_recipe, read_tree
 from dreamfleet.trainers.run.disk import require_fleet_disk
-from dreamfleet.trainers.run.run_folder import locked
+from dreamfleet.trainers.run.fence import Fence
+from dreamfleet.trainers.run.ownership import Ownership
+from dreamfleet.trainers.run.run_folder import own
 from dreamfleet.trainers.run.signals import Stop, stop_on_signal
 from dreamfleet.trainers.tracking.tracker import check_trackers
 from dreamfleet.tune.fleet.columns import IMAGES
@@ -77,6 +79,8 @@ def fleet(
     resume: bool = False,
     address: str | None = None,
     shared: Sequence[str] = (),
+    continues: bool = False,
+    take_over: bool = False,
 ) -> FleetResult:
     """Train one run for each subject of a table, each in ``output_dir/subjects/NAME``.
 
@@ -90,7 +94,8 @@ def fleet(
     subjects are removed unless ``fleet.keep_checkpoints`` is set. A subject that fails, for example on bad images,
     fails alone. ``scaling.num_workers``: 0 trains in this process, 1 on as many processes as fit, more is the number of
     workers of each subject. ``address``: of a Ray cluster, by default RAY_ADDRESS, else a private Ray. ``shared``:
-    folders that all machines of a cluster can access.
+    folders that all machines of a cluster can access. ``continues``: continue the fleet in ``output_dir`` if there is
+    one, and wait if another process trains it; ``take_over``: take it from that process, which ends at its next write.
 
     Raises UserError that lists all errors of the table before anything starts. In the main thread, SIGINT and SIGTERM
     make the running subjects save a checkpoint and end the fleet.
@@ -107,13 +112,17 @@ def fleet(
     run.check_inputs()
     display = Display()
     display.say(run.require_disk())
-    run.open(resume=resume)
+    open_folder = partial(open_fleet, base, resume=resume or continues or take_over)
+    open_folder()
+    waiting = open_folder if continues else None
     with (
         patience(base.storage.patience_seconds),
-        locked(run.folder),
-        stop_on_signal(run.folder, display.say) as stop,
+        own(run.folder, take_over=take_over, wait=waiting, say=display.say) as lease,
     ):
-        reason = run.train(stop, display, address=address, shared=shared)
+        open_folder()  # again: another process may have trained in it until now
+        run.open(lease)
+        with stop_on_signal(run.folder, display.say) as stop:
+            reason = run.train(stop, display, lease, address=address, shared=shared)
     return run.result(reason, seconds=time.monotonic() - began)
 
 
@@ -158,9 +167,9 @@ class _Fleet:
         first = self._common_recipe(0).model_copy(update={"output_dir": self.recipe.output_dir})
         return require_fleet_disk(first, subjects=len(self.subjects))
 
-    def open(self, *, resume: bool) -> None:
-        """Open the folder, and find what is finished in it."""
-        open_fleet(self.recipe, resume=resume)
+    def open(self, lease: Fence | Ownership) -> None:
+        """Open the folder, of which this process has the lease, and find what is finished in it."""
+        self.folder = self.folder.guarded(lease.check)
         if self.folder.exists(RECIPE):
             self.records = find_finished(
                 self.folder, self.subjects, self.recipes, self.rows, self.states, source=self.table.path
@@ -168,7 +177,15 @@ class _Fleet:
         else:
             self.records = Records(self.folder)
 
-    def train(self, stop: Stop, display: Display, *, address: str | None, shared: Sequence[str]) -> str:
+    def train(
+        self,
+        stop: Stop,
+        display: Display,
+        lease: Fence | Ownership,
+        *,
+        address: str | None,
+        shared: Sequence[str],
+    ) -> str:
         """Train the subjects that are not completed; return why it ended."""
         if not self.folder.exists(RECIPE):
             self.folder.write_text(RECIPE, self.recipe.to_yaml())
@@ -207,7 +224,8 @@ class _Fleet:
                         reads=self._reads(),
                         address=address,
                         shared=shared,
-                        should_stop=partial(getattr, source, "is_out_of_time"),
+                        should_stop=lambda: source.is_out_of_time or lease.is_lost,
+                        owner=lease.owner,
                     )
         finally:
             finisher.close()

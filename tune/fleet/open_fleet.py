@@ -10,9 +10,9 @@ import yaml
 
 from dreamfleet.datasets.errors import CheckpointError, UserError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.differences import describe_differences, differences
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.run_folder import is_resumed
-from dreamfleet.tune.differences import differences
 from dreamfleet.tune.fleet.class_images import share_class_images
 from dreamfleet.tune.fleet.finisher import record_of_summary
 from dreamfleet.tune.fleet.fleet_rows import FleetRows
@@ -39,9 +39,9 @@ def open_fleet(recipe: Recipe, *, resume: bool) -> Storage:
         for tree in (before, now):
             for name in CHANGEABLE:
                 tree.pop(name, None)
-        if changed := differences(before, now):
+        if changed := describe_differences(before, now):
             raise CheckpointError(
-                f"output_dir {recipe.output_dir} holds a fleet of another recipe: {', '.join(changed[:5])} changed. "
+                f"output_dir {recipe.output_dir} holds a fleet of another recipe ({', '.join(changed[:5])}). "
                 "Only the sections fleet and scaling may change; give another output_dir, or set the key for new "
                 "subjects in a column"
             )

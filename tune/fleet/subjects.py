@@ -12,8 +12,8 @@ from typing import Any
 
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.json_text import json_text
+from dreamfleet.trainers.config.differences import without_package_path
 from dreamfleet.trainers.recipe import Recipe, build_recipe
-from dreamfleet.tune.differences import without_package_path
 from dreamfleet.tune.fleet.columns import CLASS_PROMPT, IMAGES, PROMPT
 
 PLACEHOLDER = "images-of-each-subject"

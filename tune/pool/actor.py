@@ -20,6 +20,7 @@ from dreamfleet.trainers.config.engines import engine_spec
 from dreamfleet.trainers.config.scaling import WorkerShare
 from dreamfleet.trainers.driver.ray_metrics import publish_runs
 from dreamfleet.trainers.packing.task import End, Task
+from dreamfleet.trainers.run.fence import Owner
 from dreamfleet.tune.pool.dispatch import Events
 from dreamfleet.tune.pool.remote_source import RemoteSource
 from dreamfleet.tune.pool.slots import fit_slots
@@ -45,6 +46,7 @@ class Settings:
     sent: Mapping[str, str]  # from environment.variables_to_send
     recipe: Mapping[str, Any] | None = None
     host_share: float = 1.0  # the part of the machine's memory that the worker may use
+    owner: Owner | None = None  # of the folder that the tasks are in
 
 
 def is_reusable(
@@ -134,6 +136,7 @@ class PoolActor:
                 gpu_share=settings.gpu_share,
                 host_share=settings.host_share,
                 should_stop=self.interrupted.is_set,
+                owner=settings.owner,
             )
         except Exception as error:  # noqa: BLE001 - sent to the driver
             traceback.print_exc()

@@ -20,6 +20,7 @@ from dreamfleet.trainers.driver.shared_paths import PathsByKey, check_machines, 
 from dreamfleet.trainers.packing.task import Task, TaskSource
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.checkpoint import Checkpoints
+from dreamfleet.trainers.run.fence import Owner
 from dreamfleet.trainers.run.signals import Stop
 from dreamfleet.trainers.tracking.tracker import variables_for
 from dreamfleet.tune.pool.dispatch import Dispatcher, Events
@@ -46,11 +47,12 @@ def run_pool(
     shared: Sequence[str] = (),
     should_stop: Callable[[], bool] = lambda: False,
     on_room: Callable[[Room], None] = lambda room: None,
+    owner: Owner | None = None,
 ) -> Literal["completed", "interrupted"]:
     """Run all tasks of a source; return "interrupted" if they were stopped before the last had ended.
 
     ``recipe`` is what the tasks have in common: its scaling, engine, method, shared paths and its ``output_dir``, the
-    folder of the search or the fleet, whose stop file ends the pool. The caller has checked its inputs and locked it.
+    folder of the search or the fleet, whose stop file ends the pool. The caller has checked its inputs and owns it.
 
     ``workers_per_task``, by default ``scaling.num_workers``: 0 runs the tasks in this process, without Ray; 1 in Ray
     actors, each of which packs up to ``scaling.slots_per_worker`` tasks; more as runs of Ray Train, one task per group
@@ -58,7 +60,7 @@ def run_pool(
     most tasks that there will be, if known; ``max_concurrent`` the most that run at once, and ``max_packed`` the most
     that run at once only because processes can be shared. ``reads``: paths that all machines must see in addition to
     the recipe's, by key. ``shared``: folders that all machines of a cluster that grows can access. ``say`` receives
-    lines for the user, ``on_room`` the size of the pool.
+    lines for the user, ``on_room`` the size of the pool. ``owner``: of the folder of the search or the fleet.
 
     All calls of the source come from this thread, and every task that it gives out gets exactly one ``on_end``. A task
     whose process died is started again and continues from its newest checkpoint, unless it died more than
@@ -76,12 +78,12 @@ def run_pool(
             return stop.requested.is_set() or is_marked() or should_stop()
 
         if workers == 0:
-            is_complete = _run_here(source, recipe, demand, is_stopped, on_room)
+            is_complete = _run_here(source, recipe, demand, is_stopped, on_room, owner)
         else:
             checked = {**shared_paths(recipe), **(reads or {})}
             with _joined_cluster(recipe, demand, stop, say, checked, address, shared) as room:
                 on_room(room)
-                is_complete = _dispatcher(source, recipe, room, demand, shared).run(is_stopped)
+                is_complete = _dispatcher(source, recipe, room, demand, shared, owner).run(is_stopped)
     return "completed" if is_complete else "interrupted"
 
 
@@ -138,6 +140,7 @@ def _run_here(
     demand: Demand,
     is_stopped: Callable[[], bool],
     on_room: Callable[[Room], None],
+    owner: Owner | None,
 ) -> bool:
     from dreamfleet.trainers.packing.runner import run_tasks
 
@@ -145,17 +148,23 @@ def _run_here(
     slots = limit_slots(demand, groups=1, uses_gpu=share.uses_gpu)
     room = Room(share, 1, fit_slots(recipe, limit=slots, uses_gpu=share.uses_gpu))
     on_room(room)
-    run_tasks(source, capacity=room.slots, device="cuda" if share.uses_gpu else "cpu", should_stop=is_stopped)
+    device = "cuda" if share.uses_gpu else "cpu"
+    run_tasks(source, capacity=room.slots, device=device, should_stop=is_stopped, owner=owner)
     return not is_stopped()
 
 
 def _dispatcher(
-    source: TaskSource, recipe: Recipe, room: Room, demand: Demand, shared: Sequence[str]
+    source: TaskSource,
+    recipe: Recipe,
+    room: Room,
+    demand: Demand,
+    shared: Sequence[str],
+    owner: Owner | None,
 ) -> Dispatcher:
     events: Events = queue.SimpleQueue()
     return Dispatcher(
         source,
-        _worker_maker(recipe, room, demand, events, shared),
+        _worker_maker(recipe, room, demand, events, shared, owner),
         events,
         num_workers=room.groups,
         slots=room.slots,
@@ -175,12 +184,18 @@ def _newest_checkpoint(task: Task) -> int | None:
 
 
 def _worker_maker(
-    recipe: Recipe, room: Room, demand: Demand, events: Events, shared: Sequence[str]
+    recipe: Recipe,
+    room: Room,
+    demand: Demand,
+    events: Events,
+    shared: Sequence[str],
+    owner: Owner | None,
 ) -> Callable[[], Worker]:
     """Return a function that starts a worker."""
     import ray
 
     from dreamfleet.trainers.driver.worker import worker_environment
+    from dreamfleet.trainers.launch import fit
     from dreamfleet.tune.pool.actor import ActorWorker, Settings
     from dreamfleet.tune.pool.group import Group
 
@@ -188,7 +203,14 @@ def _worker_maker(
     if room.workers_per_task > 1:
         # Ray Train would give all CPUs to one group.
         resources = share.resources if demand.resources or not share.uses_gpu else None
-        return partial(Group, events, num_workers=room.workers_per_task, resources=resources, shared=shared)
+        return partial(
+            Group,
+            events,
+            num_workers=room.workers_per_task,
+            resources=resources,
+            shared=shared,
+            train=partial(fit, owner=owner),
+        )
     settings = Settings(
         slots=room.slots,
         threads=share.threads,
@@ -198,5 +220,6 @@ def _worker_maker(
         sent=variables_for(recipe),
         recipe=recipe.model_dump(mode="json", exclude={"search", "fleet"}),
         host_share=1 / room.per_machine,
+        owner=owner,
     )
     return partial(ActorWorker, share, ray.put(settings), events)

@@ -6,26 +6,34 @@ import http.server
 import json
 import re
 import socket
+import ssl
+import subprocess
 import threading
 import zipfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import nullcontext
+from importlib.metadata import Distribution, requires, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
+from ray._private.runtime_env.packaging import get_uri_for_directory
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli.program import app
+from dreamfleet.cluster.jobs import check_versions
 from dreamfleet.cluster.jobs import client as jobs
-from dreamfleet.cluster.jobs.client import Job, JobServer, job_address
-from dreamfleet.cluster.jobs.package import check_here, pack, write_wheel
+from dreamfleet.cluster.jobs.client import JobServer, job_address
+from dreamfleet.cluster.jobs.code import write_code
+from dreamfleet.cluster.jobs.job import Job, make_resume_command
+from dreamfleet.cluster.jobs.package import check_here, pack
 from dreamfleet.cluster.jobs.submit import (
+    find_equal,
     make_entrypoint,
     make_job_id,
-    make_resume_command,
+    make_metadata,
     read_environment,
     send,
 )
@@ -33,6 +41,7 @@ from dreamfleet.datasets.errors import RecipeError, ResourceError, UserError
 from dreamfleet.trainers.recipe import Recipe, build_recipe, load_recipe
 
 BUCKET = "s3://bucket/run"
+START = "exec sh start.sh -m dreamfleet.cluster.jobs.keep"
 
 
 def make_recipe(folder: Path, **changes: Any) -> Recipe:
@@ -140,24 +149,23 @@ def test_missing_images_are_reported_before_anything_is_sent(tmp_path: Path) -> 
         check_here(recipe)
 
 
-def test_the_wheel_contains_the_running_code_and_is_named_by_its_content(tmp_path: Path) -> None:
+def test_the_code_is_copied_with_its_version_and_is_equal_each_time(tmp_path: Path) -> None:
     from dreamfleet.cluster.jobs import package as running
 
-    wheel = write_wheel(tmp_path)
-    with zipfile.ZipFile(wheel) as archive:
-        assert archive.testzip() is None
-        names = set(archive.namelist())
-        assert archive.read("dreamfleet/cluster/jobs/package.py") == Path(running.__file__).read_bytes()
-        metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
-        record = archive.read(next(n for n in names if n.endswith("/RECORD"))).decode()
-    assert "dreamfleet/trainers/models/pocket/model_index.json" in names
-    assert not [name for name in names if "__pycache__" in name or name.startswith("dreamfleet/tests")]
-    assert "Requires-Dist" not in metadata, "Ray's pip would install another torch and Ray beside it"
-    assert {line.split(",")[0] for line in record.splitlines()} == names
-    (tmp_path / "again").mkdir()
-    again = write_wheel(tmp_path / "again")
-    assert again.name == wheel.name
-    assert again.read_bytes() == wheel.read_bytes()
+    code, info = write_code(tmp_path)
+    assert (code / "cluster/jobs/package.py").read_bytes() == Path(running.__file__).read_bytes()
+    assert (code / "trainers/models/pocket/model_index.json").exists()
+    assert not [path for path in code.rglob("*") if path.name in ("__pycache__", "tests")]
+    (found,) = Distribution.discover(name="dreamfleet", path=[str(tmp_path)])
+    assert found.version == version("dreamfleet")
+    assert found.requires == requires("dreamfleet")
+
+    def uri_of(folder: Path) -> str:
+        return get_uri_for_directory(str(folder), include_gitignore=True)
+
+    again = write_code(tmp_path / "again")
+    for first, second in zip((code, info), again, strict=True):
+        assert uri_of(first) == uri_of(second), "Ray would send it again"
 
 
 # ---------------------------------------------------------------- the job
@@ -180,6 +188,9 @@ class FakeClient:
     def get_job_info(self, job_id: str) -> SimpleNamespace:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         return details(state, submission_id=job_id)
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return []
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
         for text in self.connections.pop(0):
@@ -209,9 +220,10 @@ def test_a_job_is_sent_with_code_inputs_and_time_to_save(tmp_path: Path) -> None
     )
     sent = client.submitted
     assert sent["submission_id"] == job_id
-    assert sent["entrypoint"] == "exec python -m dreamfleet.cluster.cli train recipe.yaml --resume"
+    assert sent["entrypoint"] == f"{START} train recipe.yaml --resume"
     environment = sent["runtime_env"]["env_vars"]
     assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) >= 600
+    assert environment["DREAMFLEET_OWNER"] == job_id
     assert environment["DREAMFLEET_RESUME_WITH"] == "dreamfleet submit ... -- train 'my cat.yaml' --resume"
     # The user's values take precedence over the defaults.
     assert (environment["SECRET"], environment["TQDM_DISABLE"]) == (
@@ -229,6 +241,7 @@ def test_the_job_gets_the_shared_folders(tmp_path: Path, monkeypatch: pytest.Mon
     """Test that a job is given --shared: on an autoscaling cluster, a run accepts only these local paths."""
     client = FakeClient()
     monkeypatch.setattr(jobs, "job_server", lambda address: nullcontext(JobServer(client, "http://head")))
+    monkeypatch.setattr(check_versions, "check_cluster", lambda server, say: None)
     recipe = tiny.write_recipe(tmp_path / "r.yaml", tiny.make_recipe(tmp_path))
     words = ["--shared", str(tmp_path), "--", "train", str(recipe), "scaling.num_workers=1", "--resume"]
     result = CliRunner().invoke(app, ["submit", *words, "--shared", "/data", "--shared", "/more"])
@@ -237,12 +250,47 @@ def test_the_job_gets_the_shared_folders(tmp_path: Path, monkeypatch: pytest.Mon
     assert options == f"--resume --shared /data --shared /more --shared {tmp_path}"
 
 
+def test_the_same_run_is_not_sent_twice_and_another_in_its_folder_is_refused(tmp_path: Path) -> None:
+    package = pack(make_recipe(tmp_path))
+    metadata = make_metadata(package, ["train", "r.yaml"], what="train")
+    running = Job("cat-1", "RUNNING", metadata)
+
+    def find(jobs: list[Job], sent: Any, what: str = "train") -> Job | None:
+        return find_equal(jobs, sent, what=what)
+
+    assert find([running], package) == running
+    assert find([running], package, "data cache") is None
+    assert find([Job("cat-1", "STOPPED", metadata)], package) is None
+    assert find([running], pack(make_recipe(tmp_path, output_dir="s3://bucket/other"))) is None
+    with pytest.raises(RecipeError, match=r"cat-1.*stop it first.*\n  train\.seed: there 7, here 8$"):
+        find([running], pack(make_recipe(tmp_path, train__seed=8)))
+    next((tmp_path / "pictures").iterdir()).unlink()
+    with pytest.raises(RecipeError, match=r"cat-1.*\n.*files .* changed"):
+        find([running], pack(make_recipe(tmp_path, data__instance_data_dir=str(tmp_path / "pictures"))))
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [([], "--continue"), (["--resume"], "--resume"), (["--take-over"], "--take-over")],
+)
+def test_a_job_continues_what_its_folder_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], expected: str
+) -> None:
+    client = FakeClient()
+    monkeypatch.setattr(jobs, "job_server", lambda address: nullcontext(JobServer(client, "http://head")))
+    monkeypatch.setattr(check_versions, "check_cluster", lambda server, say: None)
+    recipe = tiny.write_recipe(tmp_path / "r.yaml", tiny.make_recipe(tmp_path, output_dir=BUCKET))
+    result = CliRunner().invoke(app, ["submit", "--", "train", str(recipe), "scaling.num_workers=1", *typed])
+    assert result.exit_code == 0, result.output
+    assert client.submitted["entrypoint"].partition("recipe.yaml ")[2] == expected
+
+
 def test_names_and_commands_of_jobs() -> None:
     assert make_job_id("my cat/√").startswith("my-cat-")
     assert make_job_id("run") != make_job_id("run")
-    assert make_entrypoint(["tune"]) == "exec python -m dreamfleet.cluster.cli tune recipe.yaml"
+    assert make_entrypoint(["tune"]) == f"{START} tune recipe.yaml"
     cache = ["data cache", "--json"]
-    assert make_entrypoint(cache) == "exec python -m dreamfleet.cluster.cli data cache recipe.yaml --json"
+    assert make_entrypoint(cache) == f"{START} data cache recipe.yaml --json"
     assert make_resume_command(["train", "r.yaml"]) == "dreamfleet submit ... -- train r.yaml --resume"
     assert make_resume_command(["data", "cache", "r.yaml"]) == "dreamfleet submit ... -- data cache r.yaml"
 
@@ -374,6 +422,53 @@ def test_a_web_server_that_is_not_ray_is_reported(web_server: str, monkeypatch: 
     with pytest.raises(ResourceError, match=f"{web_server} .*404"):
         with jobs.job_server(web_server):
             pass
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[str]:
+    """Serve a job server without jobs over TLS, with a certificate of its own in `ca.pem`; yield its URL."""
+
+    class Empty(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = (
+                b"[]" if self.path.startswith("/api/jobs") else b'{"version": "4", "ray_version": "2.60.0"}'
+            )
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    command += [
+        "-keyout",
+        "key.pem",
+        "-out",
+        "ca.pem",
+        "-subj",
+        "/CN=head",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "ca.pem", tmp_path / "key.pem")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"https://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_tls_needs_one_variable(tls_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with pytest.raises(ResourceError, match=r"certificate .*SSL_CERT_FILE"), jobs.job_server(tls_server):
+        pass
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    with jobs.job_server(tls_server) as server:
+        assert server.jobs() == []
 
 
 # ---------------------------------------------------------------- the command line

@@ -5,104 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
-import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
-from planted import SECRETS, find_planted
-from typer.testing import CliRunner, Result
+from planted import find_planted
+from ray_head import SECRET, Head, dreamfleet, process_of
+from typer.testing import Result
 
-from dreamfleet.cluster.cli.program import app
-from dreamfleet.trainers.driver import session
-
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
-
-SECRET = "open-sesame"
-
-
-@dataclass(frozen=True)
-class Head:
-    """A Ray head node that accepts jobs from clients with its token."""
-
-    address: str
-    token: str
-    folder: Path
-
-    def answers(self) -> bool:
-        request = urllib.request.Request(
-            f"{self.address}/api/version", headers={"Authorization": f"Bearer {self.token}"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=5):
-                return True
-        except OSError:
-            return False
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """Start a head node whose session, ports and folders are isolated from other Ray clusters."""
-    port, dashboard, agent, agent_grpc, client = _free_ports(5)
-    # A short path, because the length of a socket path is limited.
-    folder = tempfile.mkdtemp(prefix="dreamfleet-", dir="/tmp")
-    head = Head(f"http://127.0.0.1:{dashboard}", uuid.uuid4().hex * 2, Path(folder))
-    programs = Path(sys.executable).parent  # jobs run `python` and `pip` by name
-    environment = {
-        **os.environ,
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "HOME": str(tmp_path_factory.mktemp("home")),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": head.token,
-    }
-    command = [
-        programs / "ray", "start", "--head", "--block", f"--temp-dir={folder}", "--num-cpus=2",
-        "--object-store-memory=100000000", "--node-ip-address=127.0.0.1", f"--port={port}",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--dashboard-agent-grpc-port={agent_grpc}", f"--ray-client-server-port={client}",
-        "--min-worker-port=0", "--max-worker-port=0",
-    ]  # fmt: skip
-    log = Path(folder) / "start.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        _wait_until(head.answers, process, log)
-        yield head
-    finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(process.pid, number)  # the workers end together with Ray's other processes
-                process.wait(timeout=5)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(autouse=True)
-def client(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Set the cluster's address and token in this process, and a home folder without a token."""
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name, value in SECRETS.items():
-        monkeypatch.setenv(name, value)
-    yield
-    monkeypatch.undo()
-    session._reread_authentication()
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("client"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +41,6 @@ def recipe(folder: Path) -> Path:
         train__checkpointing_steps=100_000,
     )
     return tiny.write_recipe(folder / "r.yaml", tree)
-
-
-def dreamfleet(*arguments: object) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert SECRET not in result.output
-    return result
 
 
 def submit(recipe: Path, *overrides: str, options: tuple[str, ...] = ()) -> Result:
@@ -156,6 +70,10 @@ def test_a_stopped_job_saves_and_is_resumed(recipe: Path, head: Head) -> None:
     assert follower.returncode == 130
     assert job_id in message
 
+    same = submit(recipe)
+    assert same.stdout.strip() == job_id, "the same run is not sent twice"
+    other = submit(recipe, "train.seed=8")
+    assert other.exit_code == 2 and "train.seed: there 7, here 8" in other.stderr
     rows = {row["id"]: row for row in json.loads(dreamfleet("jobs", "--json").stdout)}
     assert rows[job_id]["state"] == "RUNNING", "Ctrl-C while following must not stop the job"
     assert rows[job_id]["output_dir"] == str(run)
@@ -184,21 +102,21 @@ def test_an_error_on_the_cluster_ends_with_its_exit_code(recipe: Path) -> None:
 
     Depends on the test above, whose run leaves an existing output_dir.
     """
-    refused = submit(recipe, options=("--follow", "--env", "DREAMFLEET_VERBOSE=1"))
+    refused = submit(recipe, "train.seed=8", options=("--follow", "--env", "DREAMFLEET_VERBOSE=1"))
     assert refused.exit_code == 2
-    assert "--resume" in refused.stderr
-    assert re.search(r"py_modules_files/dreamfleet-[^/]+/dreamfleet/trainers/run/", refused.stderr)
+    assert "train.seed: there 7, here 8" in refused.stderr
+    assert re.search(r"py_modules_files/_ray_pkg_[^/]+/dreamfleet/trainers/run/", refused.stderr)
 
     table = dreamfleet("jobs").stdout.splitlines()
     assert [line.split()[1] for line in table] == ["STATE", "STOPPED", "SUCCEEDED", "FAILED"]
     job_id = refused.stdout.strip()
     assert table[-1].startswith(job_id)
-    assert "--resume" in dreamfleet("logs", job_id).stdout
+    assert "train.seed" in dreamfleet("logs", job_id).stdout
     assert dreamfleet("logs", job_id, "--follow").exit_code == 2
     assert dreamfleet("stop", job_id).stdout == f"{job_id} FAILED\n"
 
 
-def test_a_job_whose_driver_is_killed_reports_it_and_is_resumed(recipe: Path, head: Head) -> None:
+def test_a_killed_driver_is_started_again_and_a_killed_job_reports_it(recipe: Path, head: Head) -> None:
     run = recipe.parent / "runs" / "killed"
     options = (f"output_dir={run}", "train.checkpointing_steps=1", "train.checkpoints_total_limit=2")
     job_id = submit(recipe, *options).stdout.strip()
@@ -206,7 +124,11 @@ def test_a_job_whose_driver_is_killed_reports_it_and_is_resumed(recipe: Path, he
     while not list(run.glob("checkpoints/*/manifest.json")):
         assert time.monotonic() < deadline, dreamfleet("logs", job_id).output
         time.sleep(0.5)
-    os.kill(_driver_of(job_id), signal.SIGKILL)
+    os.kill(process_of(job_id, "dreamfleet.cluster.cli"), signal.SIGKILL)
+    while "continuing from step" not in dreamfleet("logs", job_id).stdout:
+        assert time.monotonic() < deadline, dreamfleet("logs", job_id).output
+        time.sleep(0.5)
+    os.kill(process_of(job_id, "dreamfleet.cluster.jobs.keep"), signal.SIGKILL)
 
     followed = dreamfleet("logs", job_id, "--follow")
     assert followed.exit_code == 1
@@ -244,18 +166,6 @@ def test_a_fleet_is_sent_with_its_table_and_its_images(recipe: Path) -> None:
     assert (fleet / "index.html").exists() and (fleet / "fleet.parquet").exists()
 
 
-def _driver_of(job_id: str) -> int:
-    """Return the process id of a job's driver."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command, variables = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if b"dreamfleet.cluster.cli" in command and b"train" in command and job_id.encode() in variables:
-            return int(process.name)
-    raise AssertionError(f"{job_id} has no driver")
-
-
 def test_unknown_jobs_and_tokens_are_refused(
     recipe: Path, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,19 +184,3 @@ def test_unknown_jobs_and_tokens_are_refused(
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(head.token)
     assert dreamfleet("jobs").exit_code == 0
-
-
-def _free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in held]
-    for each in held:
-        each.close()
-    return ports
-
-
-def _wait_until(ready: Any, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not ready():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the head did not start: {log.read_text()[-3000:]}")
-        time.sleep(0.5)

@@ -7,9 +7,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 WAIT_SECONDS = 240
+
+T = TypeVar("T")
 
 
 def wait_for_port(host: str, port: int) -> None:
@@ -47,8 +49,11 @@ def nodes(address: str) -> list[tuple[str, str]]:
     """Return IP address and id of the living nodes of a Ray cluster."""
     from ray._raylet import GcsClient
 
-    found = GcsClient(address=address).get_all_node_info(timeout=20).values()
-    return [(node.node_manager_address, node.node_id.hex()) for node in found if node.state == 0]
+    def ask() -> list[tuple[str, str]]:
+        found = GcsClient(address=address).get_all_node_info(timeout=20).values()
+        return [(node.node_manager_address, node.node_id.hex()) for node in found if node.state == 0]
+
+    return _until(ask)
 
 
 def last_step(url: str) -> int:
@@ -111,7 +116,7 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _until(attempt: Callable[[], None]) -> None:
+def _until(attempt: Callable[[], T]) -> T:
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
         try:

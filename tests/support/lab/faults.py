@@ -222,7 +222,7 @@ def four_kills(trial: Trial) -> None:
         trial.mark()
         kill(pid)
         if number < 3:
-            trial.wait_for_step(trial.before + 12)
+            trial.wait_for(lambda: trial.trace.saved(since=trial.struck), what="a new checkpoint")
 
 
 def isolate_from_cluster(seconds: float) -> Fault:

@@ -30,7 +30,7 @@ class Row:
     name: str
     fault: Fault
     code: int = 0
-    repeated: int = EVERY
+    repeated: int = 2 * EVERY  # the newest save may not be complete yet
     tolerance: float = 0.0
     workers: int | tuple[int, int] = 2
     storage: str = "s3"
@@ -87,20 +87,26 @@ ROWS = (
     Row("SIGKILL while starting, at once", faults.kill_starting(0.0), strikes_at=0, repeated=0),
     Row("SIGKILL while starting, after 1.5 s", faults.kill_starting(1.5), strikes_at=0, repeated=0),
     Row("SIGKILL while starting, after 4 s", faults.kill_starting(4.0), strikes_at=0, repeated=0),
-    Row("SIGTERM of a worker", faults.terminate_worker),
+    Row("SIGKILL of workers, four times", faults.four_kills, strikes_at=12, repeated=8 * EVERY),
+    Row("SIGTERM of a worker", faults.terminate_worker, repeated=1),
     Row("SIGTERM of a node", faults.terminate_node),
     Row("SIGKILL of a raylet", faults.kill_raylet),
     Row("node without power", faults.power_off),
     Row("node of rank 0 without power", faults.power_off_rank_0, in_ci=True),
-    Row("node drained, 30 s ahead", faults.drain_node),
+    Row("node drained, 30 s ahead", faults.drain_node, repeated=1),
     Row("SIGKILL of the driver", faults.kill_driver, code=-9, in_ci=True),
     Row("SIGKILL of the controller", faults.kill_controller, code=1),
     Row("SIGSTOP of a worker for 30 s", faults.pause_worker(30), repeated=0),
+    Row("SIGSTOP of a worker for ever", faults.hang_worker, recipe={"scaling__hang_timeout": 60}),
     Row("two nodes lose each other for 20 s", faults.partition(20)),
     Row("two nodes lose each other for 60 s", faults.partition(60)),
     Row("node cut off for 20 s", faults.isolate(20)),
     Row("node cut off for 60 s", faults.isolate(60)),
     Row("S3 away for 8 s, between saves", faults.s3_away(8), repeated=0, in_ci=True, recipe=ONE_SAVE),
+    Row("S3 away for 8 s, in a save", faults.s3_away_in_save(8), repeated=0),
+    Row("S3 away for 30 s, in a save", faults.s3_away_in_save(30), repeated=0),
+    Row("S3 away for 90 s, in a save", faults.s3_away_in_save(90), repeated=0),
+    Row("S3 silent for 60 s, in a save", faults.s3_silent(60), repeated=0),
 )
 
 

@@ -116,6 +116,11 @@ class Trace:
         """Return the events of completed steps, once per execution: those of rank 0."""
         return [event for event in self.events() if event["event"] == "step" and event["rank"] == 0]
 
+    def saved(self, *, since: float) -> list[dict[str, Any]]:
+        """Return the events of checkpoints that were completed after a time and a first step after it."""
+        first = next((step["t"] for step in self.steps() if step["t"] > since + 1), float("inf"))
+        return [event for event in self.events() if event["event"] == "saved" and event["t"] > first]
+
     def last_step(self) -> int:
         """Return the highest completed step."""
         return max((event["step"] for event in self.steps()), default=0)

@@ -16,6 +16,7 @@ import torch
 from engine_parts import make_parts, take_step
 
 from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.optim.adafactor import Adafactor
@@ -24,6 +25,7 @@ from dreamfleet.trainers.optim.param_group import ParamGroup
 from dreamfleet.trainers.optim.stochastic_rounding import Stepper, round_stochastically
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts
+from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.run import run_worker
 
 NO_CLIPPING: dict[str, Any] = {"learning_rate": 1e-3, "max_grad_norm": 0}
@@ -211,15 +213,10 @@ def test_bfloat16_weights_train_and_resume_exactly(tmp_path: Path, name: str) ->
     stop = iter([False] * 3)
     run_worker(build_recipe(recipe), should_stop=lambda: next(stop, True))
     assert run_worker(build_recipe(recipe), resume=True).start_step in (2, 3, 4)
-    ends = [
-        safetensors.torch.load_file(tmp_path / run / "checkpoints/step-000006/learned.safetensors")
-        for run in ("straight", "stopped")
-    ]
+    ends = [Checkpoints(Storage(tmp_path / run)).load(6).learned for run in ("straight", "stopped")]
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
     assert {value.dtype for value in ends[0].values()} == {torch.bfloat16}
-    states = torch.load(tmp_path / "stopped/checkpoints/step-000006/engine.pt", weights_only=True)[
-        "optimizer"
-    ]["state"]
+    states = Checkpoints(Storage(tmp_path / "stopped")).load(6).engine["optimizer"]["state"]
     assert {value.dtype for state in states.values() for value in state.values()} == {torch.float32}
     exported = safetensors.torch.load_file(tmp_path / "straight/exports/straight.safetensors")
     key = "model.diffusion_model.out.2.weight"
@@ -240,9 +237,7 @@ def test_a_lora_in_bfloat16_trains_and_resumes_exactly(tmp_path: Path) -> None:
         run_worker(build_recipe(recipe), should_stop=lambda stop=stop, last=last: next(stop, last))
     assert run_worker(build_recipe(recipe), resume=True).start_step in (2, 3, 4)
     for run in ("straight", "stopped"):
-        ends.append(
-            safetensors.torch.load_file(tmp_path / run / "checkpoints/step-000006/learned.safetensors")
-        )
+        ends.append(Checkpoints(Storage(tmp_path / run)).load(6).learned)
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
     assert {value.dtype for value in ends[0].values()} == {torch.bfloat16}
     assert any(value.abs().max() > 1e-3 for key, value in ends[0].items() if "lora_B" in key), (

@@ -57,8 +57,8 @@ def test_lines_that_are_not_events_are_skipped(tmp_path: Path) -> None:
 
 def test_each_attempt_of_rank_0_has_its_own_file(tmp_path: Path) -> None:
     run = Storage(tmp_path)
-    for rank in (0, 1, 0):
-        open_rank_events(run, rank).add("start")
+    for rank, attempt in ((0, 1), (1, 1), (0, 2)):
+        open_rank_events(run, rank, attempt=attempt).add("start")
     assert run.list("events") == ["rank-0-attempt-0001.jsonl", "rank-0-attempt-0002.jsonl"]
 
 

@@ -1,11 +1,9 @@
-"""Tests of run folders: which are accepted, how they are locked, and how signals stop a run."""
+"""Tests of run folders: which are accepted and continued, and how signals stop a run."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +11,12 @@ from pathlib import Path
 import pytest
 from small_runs import recipe_tree
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, StorageError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.run.fence import begin_attempt
 from dreamfleet.trainers.run.run import run_worker
-from dreamfleet.trainers.run.run_folder import locked, open_run_folder
+from dreamfleet.trainers.run.run_folder import open_run_folder, own
 from dreamfleet.trainers.run.signals import stop_on_signal
 
 TEXTUAL_INVERSION = {"name": "textual_inversion", "placeholder_token": "<x>"}
@@ -83,25 +82,47 @@ def test_a_stop_mark_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
         assert stop.requested.is_set() and "cannot write" in said[1]
 
 
-def test_a_run_folder_is_locked_by_one_process(tmp_path: Path) -> None:
-    run = Storage(tmp_path / "run")
-    code = "import sys; from dreamfleet.trainers.run.run_folder import locked\n"
-    code += "from dreamfleet.datasets.storage.storage import Storage\n"
-    code += "with locked(Storage(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, run.path()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout is not None
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(RecipeError, match="another process"), locked(run):
-        pass
-    other.kill()  # the lock ends with the process, also if it is killed
-    other.communicate()
-    with locked(run):
-        pass
-    with locked(Storage(tmp_path / "other")):
-        pass
-    assert not (tmp_path / "other").exists(), "a folder that never became a run is not left behind"
+def test_a_start_that_failed_leaves_no_folder(tmp_path: Path) -> None:
+    def start() -> None:
+        run = Storage(tmp_path / "run")
+        with own(run) as lease:
+            begin_attempt(run, lease.owner, step=0).guarded().write_text("run.log", "what went wrong")
+            raise StorageError("a file is in the way")
+
+    with pytest.raises(StorageError, match="in the way"):
+        start()
+    assert not (tmp_path / "run").exists()
+    with own(Storage(tmp_path / "run")):
+        Storage(tmp_path / "run").write_text("recipe.yaml", "")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".lease.json.lock",
+        "lease.json",
+        "recipe.yaml",
+    ]
+
+
+def test_equal_settings_are_continued_and_others_refused_key_by_key(tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path, "run")
+    recipe = build_recipe(tree)
+    open_run_folder(recipe, resume=False, continues=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("# written by another machine\n" + recipe.to_yaml())
+    elsewhere = {**tree, "scaling": {"num_workers": 2}}
+    open_run_folder(build_recipe(elsewhere), resume=False, continues=True)
+    other = build_recipe({**tree, "train": {**tree["train"], "seed": 8, "max_train_steps": 9}})
+    with pytest.raises(
+        RecipeError, match=r"other settings.*\n  train\.max_train_steps: there 6, here 9\n.*here 8"
+    ):
+        open_run_folder(other, resume=False, continues=True)
+    open_run_folder(other, resume=True)
+
+
+def test_a_refused_folder_that_is_in_use_names_its_owner(tmp_path: Path) -> None:
+    recipe = build_recipe(recipe_tree(tmp_path, "run"))
+    with own(Storage(tmp_path / "run")):
+        (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml())
+        with pytest.raises(RecipeError, match=rf"in use by .*pid {os.getpid()}.*--resume"):
+            open_run_folder(recipe, resume=False)
 
 
 def _eventually(condition: Callable[[], bool]) -> bool:

@@ -91,7 +91,7 @@ def _watch_storage(module):
     def write_bytes(self, rel, *args, **options):
         result = real_write(self, rel, *args, **options)
         address = self.path(rel)
-        if "/checkpoints/step-" in address and address.endswith("manifest.json"):
+        if "/checkpoints/step-" in address and "/manifest." in address:
             note("saved", step=int(address.rsplit("/step-", 1)[1].split("/")[0]))
         return result
 
