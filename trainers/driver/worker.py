@@ -26,11 +26,11 @@ def train_worker(
 ) -> dict[str, Any]:
     """Train as one of the workers that Ray Train starts; return the run's summary as plain data.
 
-    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share``, ``backend``, ``waited`` and ``owner``; ``sent``
-    is the result of ``environment.variables_to_send``. ``coordinator``: its address and key. A worker that starts while
-    others train joins them. If all workers start, they resume from the newest valid checkpoint in the run folder; for
-    a new run the driver has checked that there is none. A worker that leaves a run, which the others continue, returns
-    ``{"left": reason}``.
+    ``config`` holds ``recipe`` (plain data), ``threads``, ``gpu_share``, ``backend``, ``waited`` and ``owner``;
+    ``sent`` is the result of ``environment.variables_to_send``. ``coordinator``: its address and key. A worker that
+    starts while others train joins them. If all workers start, they resume from the newest valid checkpoint in the run
+    folder; for a new run the driver has checked that there is none. A worker that leaves a run, which the others
+    continue, returns ``{"left": reason}``.
     """
     apply_variables(sent)
     import ray.train
