@@ -41,6 +41,7 @@ def probe_storage(url: str, name: str = "") -> dict[str, Any]:
             began = time.perf_counter()
             operation()
             found["seconds"][doing] = time.perf_counter() - began
+        doing = "write conditionally"
         found["conditional"] = supports_conditions(folder)
     except StorageError as error:
         found |= {"failed": doing, "error": str(error)}

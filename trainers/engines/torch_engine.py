@@ -74,14 +74,16 @@ class TorchEngine(TorchSpec, Engine):
         self.next_step, self.squared_norms = step, []
 
     def backward(self, batch: Batch, *, last: bool = True) -> Loss:
-        exchanges = self.exchange is not None and self.world > 1 and (last or self.exchange.by_unit)
+        exchange = self.exchange if self.world > 1 else None
+        if exchange is not None and not (last or exchange.by_unit):
+            exchange = None  # this worker adds its own units first
         with self.autocast():
             loss = self.method(batch)
-        if exchanges:
-            self.exchange.begin()
+        if exchange is not None:
+            exchange.begin()
         self.objective(loss).backward()
-        if exchanges:
-            self.exchange.end()
+        if exchange is not None:
+            exchange.end()
         return Loss(loss.total.detach(), loss.per_sample.detach(), loss.extras)
 
     def objective(self, loss: Loss) -> Tensor:

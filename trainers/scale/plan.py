@@ -93,13 +93,14 @@ def plan_cluster(recipe: Recipe, cluster: Cluster, memory: MemoryPlan) -> Cluste
     method = method_without_weights(recipe)
     assert isinstance(method, DiffusionMethod)  # else there is no memory plan
     counts, train = memory.counts, recipe.train
+    micros = train.gradient_accumulation_steps
     sizes = Sizes(
         trained=counts.total,
         passed=counts.passed,
         width=2 if counts.bf16_weights else 4,
-        micros=counts.micros,
-        flops=counts.micros * count_flops(recipe, method),
-        images=counts.micros * train.train_batch_size,
+        micros=micros,
+        flops=micros * count_flops(recipe, method),
+        images=micros * train.train_batch_size,
         by_unit=sums_by_unit(recipe),
     )
     written = checkpoint_bytes(recipe, measure_weights(recipe, method))

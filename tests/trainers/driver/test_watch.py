@@ -21,8 +21,12 @@ Watch = Callable[..., Any]
 
 @pytest.fixture(scope="module", autouse=True)
 def _local_ray() -> Iterator[None]:
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(watched_loop)  # workers do not find the modules of tests
     with ray_session(preload=("ray.train.torch",)):
         yield
+    cloudpickle.unregister_pickle_by_value(watched_loop)
 
 
 @pytest.fixture
