@@ -19,7 +19,7 @@ from measure import RESULTS, write_result
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from lab.laboratory import Laboratory, why_not  # noqa: E402
+from lab.laboratory import Laboratory, end_on_sigterm, why_not  # noqa: E402
 from lab.rows import ROWS, References, Row, try_row  # noqa: E402
 
 PAGE = ROOT / "docs" / "faults.md"
@@ -77,6 +77,7 @@ def main() -> None:
     asked = parser.parse_args()
     if reason := why_not():
         sys.exit(reason)
+    end_on_sigterm()
     results = try_rows([row for row in ROWS if re.search(asked.rows, row.name)])
     if not asked.rows:
         write_result("lab", {"rows": results}, how="make lab")

@@ -23,7 +23,7 @@ from measure import RESULTS, write_result
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 from lab.faults import kill_worker
-from lab.laboratory import Laboratory, why_not
+from lab.laboratory import Laboratory, end_on_sigterm, why_not
 from lab.machine import VENV, Machine
 from lab.trial import Trial
 
@@ -194,6 +194,7 @@ def main() -> None:
         return
     if reason := why_not():
         sys.exit(reason)
+    end_on_sigterm()
     cores = len(os.sched_getaffinity(0))
     rows: list[dict[str, Any]] = []
     with Laboratory(asked.workers) as lab:

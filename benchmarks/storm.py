@@ -29,7 +29,7 @@ from measure import write_result
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
-from lab.laboratory import Laboratory, why_not
+from lab.laboratory import Laboratory, end_on_sigterm, why_not
 from lab.machine import Machine
 from lab.trial import Trial, kill, raylet_of
 
@@ -232,6 +232,7 @@ def main() -> None:
     pairs, seed = os.environ.get("PAIRS", "0") == "1", int(os.environ.get("SEED", 0))
     if reason := why_not():
         sys.exit(reason)
+    end_on_sigterm()
     with Laboratory() as lab:
         storm = Storm(Trial(lab, "storm", steps=ENDLESS, recipe=RECIPE), random.Random(seed))
         try:

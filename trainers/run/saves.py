@@ -172,11 +172,11 @@ class Saves:
         self._complete(step, seconds, began)
 
     def _replace_older(self) -> None:
-        """Drop spooled saves except the newest, the best, and the one that is being copied."""
+        """Drop spooled saves except the newest, the best, those in use, and the one that is being copied."""
         assert self._target is not None
         with self._lock:
             best = next((step for step in reversed(self.bests) if step in self._spooled), None)
-            kept = {self._spooled[0], self._spooled[-1], best}
+            kept = {self._spooled[0], self._spooled[-1], best, *self.checkpoints.in_use}
             dropped = [step for step in self._spooled if step not in kept]
             self._spooled = [step for step in self._spooled if step in kept]
         for step in dropped:

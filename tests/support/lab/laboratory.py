@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -49,6 +50,11 @@ def why_not() -> str:
     ]
     done = subprocess.run(made, capture_output=True, text=True, check=False)
     return f"this host does not allow namespaces: {done.stderr.strip()}" if done.returncode else ""
+
+
+def end_on_sigterm() -> None:
+    """Make SIGTERM end this process as an exception does, so that the laboratory's folder is removed as well."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class S3:
