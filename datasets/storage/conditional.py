@@ -75,7 +75,7 @@ def supports_conditions(folder: Folder) -> bool:
     """
     name = f"{PROBE_PREFIX}{secrets.token_hex(6)}"
     if folder.is_local:
-        with explain_errors("write", path := folder.path(name)), _locked(path, keep=False) as is_locked:
+        with explain_errors("write", path := folder.path(name)), _locked(path) as is_locked:
             return is_locked
 
     def write(version: str) -> bool:
@@ -112,16 +112,16 @@ def _write_disk(fs: None, path: str, data: bytes, version: str) -> bool:
 
 
 def _remove_disk(fs: None, path: str, version: str) -> None:
-    with _locked(path, keep=False):
+    with _locked(path):
         if _read_disk(None, path)[1] == version:
             os.unlink(path)
 
 
 @contextmanager
-def _locked(path: str, *, keep: bool = True) -> Iterator[bool]:
+def _locked(path: str) -> Iterator[bool]:
     """Lock a path by a hidden file beside it; yield False if the file system has no locks.
 
-    The lock file remains, since a process may wait for it, unless ``keep`` is False.
+    The lock file is removed at the end: a process that waits for it notices that, and creates another one.
     """
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
@@ -140,7 +140,7 @@ def _locked(path: str, *, keep: bool = True) -> Iterator[bool]:
     try:
         yield True
     finally:
-        if not keep:
+        with contextlib.suppress(OSError):
             os.unlink(lock_file)
         lock.release()
 

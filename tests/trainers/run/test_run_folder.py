@@ -95,7 +95,6 @@ def test_a_start_that_failed_leaves_no_folder(tmp_path: Path) -> None:
     with own(Storage(tmp_path / "run")):
         Storage(tmp_path / "run").write_text("recipe.yaml", "")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        ".lease.json.lock",
         "lease.json",
         "recipe.yaml",
     ]
