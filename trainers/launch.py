@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from dreamfleet.datasets.errors import RecipeError, ResourceError, RunFailed, Us
 from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.scaling import WorkerShare, worker_resources
+from dreamfleet.trainers.driver.coordinated import MemberKey, coordinated
 from dreamfleet.trainers.driver.in_thread import run_in_thread
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight, require_room_here, this_machine
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
@@ -171,9 +172,12 @@ def _fit_on_ray(
         share = preflight(recipe, session, display.say, shared=shared)
         # Workers report nothing to Ray Train, so its storage holds only a few files of its controller, which
         # runs on this machine: a temporary folder is enough, also for runs in buckets and on several machines.
-        with tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping:
+        with (
+            tempfile.TemporaryDirectory(prefix="dreamfleet-ray-", ignore_cleanup_errors=True) as bookkeeping,
+            coordinated(recipe, session) as coordinator,
+        ):
             config = {"waited": time.monotonic() - started, "owner": owner}
-            trainer = _make_trainer(recipe, session, share, bookkeeping, config)
+            trainer = _make_trainer(recipe, session, share, bookkeeping, config, coordinator)
             with RunTail(run, display):
                 outcome = run_in_thread(trainer.fit, name="ray-train-fit")
         if outcome.error is not None:
@@ -182,62 +186,74 @@ def _fit_on_ray(
 
 
 def _make_trainer(
-    recipe: Recipe, session: RaySession, share: WorkerShare, bookkeeping: str, config: dict[str, Any]
+    recipe: Recipe,
+    session: RaySession,
+    share: WorkerShare,
+    bookkeeping: str,
+    config: dict[str, Any],
+    coordinator: MemberKey | None,
 ) -> Any:
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchConfig
 
     from dreamfleet.trainers.distributed.process_group import STEP_TIMEOUT
-    from dreamfleet.trainers.driver.watch import RunWatch
-    from dreamfleet.trainers.driver.worker import train_worker, worker_environment
-
-    class LocalTrainer(TorchTrainer):
-        """A TorchTrainer without placement group cleaner, for a private Ray, which ends with this process."""
-
-        def _create_default_callbacks(self) -> list[Any]:
-            # The cleaner takes seconds to start and, without a dashboard, logs a warning every second.
-            return [
-                callback
-                for callback in super()._create_default_callbacks()
-                if type(callback).__name__ != "PlacementGroupCleanerCallback"
-            ]
+    from dreamfleet.trainers.driver.member_trainer import LocalTrainer, MemberTrainer
+    from dreamfleet.trainers.driver.ray_internals import MemberConfig
+    from dreamfleet.trainers.driver.worker import train_worker
 
     scaling, sent = recipe.scaling, variables_for(recipe)
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
         # Secrets are passed in this closure, as Ray displays and logs environments and may export the config.
-        return train_worker(config, sent)
+        return train_worker(config, sent, coordinator)
 
-    return (LocalTrainer if session.private else TorchTrainer)(
+    elastic = (scaling.min_workers, scaling.max_workers) if scaling.is_elastic else scaling.max_workers
+    backend = share.backend(scaling.max_workers)
+    timeout = int(STEP_TIMEOUT.total_seconds())
+    kind: Callable[..., Any] = LocalTrainer
+    if coordinator is not None:
+        kind = partial(MemberTrainer, coordinator=coordinator, most=scaling.max_workers)
+    return kind(
         loop,
+        private=session.private,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "threads": share.threads,
             "gpu_share": share.gpu_share,
+            "backend": backend,
             **config,
         },
-        torch_config=TorchConfig(
-            backend=share.backend(scaling.max_workers), timeout_s=int(STEP_TIMEOUT.total_seconds())
+        torch_config=(TorchConfig if coordinator is None else MemberConfig)(
+            backend=backend, timeout_s=timeout
         ),
         scaling_config=ScalingConfig(
-            num_workers=scaling.max_workers,
+            num_workers=scaling.max_workers if coordinator is None else elastic,
             use_gpu=share.uses_gpu,
             resources_per_worker=share.resources,
             placement_strategy=scaling.placement_strategy,
         ),
-        run_config=RunConfig(
-            # Unique, as Ray would resume a run of the same name; dreamfleet resumes from its own checkpoints.
-            name=f"{recipe.run_name}-{uuid.uuid4().hex[:12]}",
-            storage_path=bookkeeping,
-            failure_config=FailureConfig(
-                max_failures=-1,  # RunWatch counts them
-                # Ray waits one minute for machines before each such failure; its default is no limit.
-                controller_failure_limit=scaling.wait_minutes,
-            ),
-            callbacks=[RunWatch(Storage(recipe.output_dir), sent, scaling)],
-            worker_runtime_env={"env_vars": worker_environment(share.threads)},
-            logging_config=LoggingConfig(log_level="WARNING"),
+        run_config=_make_run_config(recipe, share, bookkeeping, sent),
+    )
+
+
+def _make_run_config(recipe: Recipe, share: WorkerShare, bookkeeping: str, sent: Mapping[str, str]) -> Any:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig
+
+    from dreamfleet.trainers.driver.watch import RunWatch
+    from dreamfleet.trainers.driver.worker import worker_environment
+
+    return RunConfig(
+        # Unique, as Ray would resume a run of the same name; dreamfleet resumes from its own checkpoints.
+        name=f"{recipe.run_name}-{uuid.uuid4().hex[:12]}",
+        storage_path=bookkeeping,
+        failure_config=FailureConfig(
+            max_failures=-1,  # RunWatch counts them
+            # Ray waits one minute for machines before each such failure; its default is no limit.
+            controller_failure_limit=recipe.scaling.wait_minutes,
         ),
+        callbacks=[RunWatch(Storage(recipe.output_dir), sent, recipe.scaling)],
+        worker_runtime_env={"env_vars": worker_environment(share.threads)},
+        logging_config=LoggingConfig(log_level="WARNING"),
     )
 
 

@@ -24,6 +24,10 @@ class Hooks:
     sample: Callable[[int], None] = lambda step: None
     validate: Callable[[int], dict[str, float]] = lambda step: {}
     should_stop: Callable[[], bool] = lambda: False
+    #: whether a worker waits to join or to leave; if any rank says so, all end the loop after the same step
+    should_regroup: Callable[[], bool] = lambda: False
+    #: whether to save a checkpoint before regrouping, because a worker is to leave
+    should_save: Callable[[], bool] = lambda: False
     #: the step of the newest checkpoint, the same on every rank; None when there is none
     saved: Callable[[], int | None] = lambda: None
     #: whether a step (from 1) is profiled, so that its time does not count
@@ -37,7 +41,7 @@ class Outcome:
     """The result of a loop: optimizer steps done, the reason for its end, and the last figures."""
 
     step: int
-    exit_reason: Literal["completed", "interrupted"]
+    exit_reason: Literal["completed", "interrupted", "regroup"]
     figures: dict[str, Any] = field(default_factory=dict)
 
 
@@ -90,7 +94,12 @@ def drive(training: Training[Result]) -> Result:
         micro = next(training)
         while True:
             torch.manual_seed(micro.seed)
-            micro = training.send(micro.engine.backward(micro.batch, last=micro.last))
+            try:
+                loss = micro.engine.backward(micro.batch, last=micro.last)
+            except Exception as error:  # noqa: BLE001 - the training decides whether it can continue
+                micro = training.throw(error)
+            else:
+                micro = training.send(loss)
     except StopIteration as end:
         return end.value
     finally:
@@ -107,36 +116,82 @@ def train(
     seed: int,
     start_step: int = 0,
     hooks: Hooks,
+    progress: Progress | None = None,
 ) -> Training[Outcome]:
-    """Train from optimizer step ``start_step`` to ``schedule.total`` or until ``hooks.should_stop``.
+    """Train from optimizer step ``start_step`` to ``schedule.total``, or until the hooks ask to stop or to regroup.
 
     This is a generator: see :func:`drive`. ``prepare`` completes a batch on the device. ``rates``: the learning rate of
-    each parameter group as a function of the step (from 0). Raises RunFailed if a loss is not finite, before the
-    resulting weights are saved or evaluated, and if every gradient is exactly zero.
+    each parameter group as a function of the step (from 0). ``progress``: that of a training whose workers have
+    changed. Raises RunFailed if a loss is not finite, before the resulting weights are saved or evaluated, and if every
+    gradient is exactly zero.
     """
-    loop = _Loop(engine, batches, prepare, rates, schedule, hooks, start_step)
+    progress = progress or Progress(engine, schedule, start_step, hooks)
+    loop = _Loop(engine, batches, prepare, rates, progress, hooks)
     step = start_step
     try:
-        stop_asked = engine.any_rank(False)
+        asked = engine.any_rank(False, False, False)
         for step in range(start_step, schedule.total):
-            if stop_asked():
+            stops, regroups, saves = asked()
+            if stops:
                 return loop.interrupt(step)
-            stop_asked = engine.any_rank(hooks.should_stop())
+            if regroups:
+                if saves:
+                    loop.interrupt(step)
+                return Outcome(step, "regroup", progress.meter.figures)
+            asked = engine.any_rank(hooks.should_stop(), hooks.should_regroup(), hooks.should_save())
             yield from loop.take_step(step, seed)
     except StopTraining:
         engine.drop_gradients()
         return loop.interrupt(step)
     finally:
         hooks.pulse.end()
-    return Outcome(schedule.total, "completed", loop.meter.figures)
+    return Outcome(schedule.total, "completed", progress.meter.figures)
 
 
 class StopTraining(Exception):
     """Thrown into a training that waits for a pass: it drops the unfinished step, saves a checkpoint and ends."""
 
 
+class Progress:
+    """How far a training is on this rank: it outlives the process groups of a training whose workers change.
+
+    ``done``: the finished optimizer steps of the engine's state; None while a new state is being received.
+    """
+
+    def __init__(self, engine: Engine, schedule: Schedule, start_step: int, hooks: Hooks):
+        self.engine, self.schedule = engine, schedule
+        self.done: int | None = start_step
+        self.watch = LossWatch(engine, schedule.total, start_step, hooks.saved)
+        self.meter = Meter(engine)
+        self.is_warm = False
+        self._unlogged: tuple[int, torch.Tensor, dict[str, float]] | None = None
+
+    def warm_up(
+        self, batch: Batch, prepare: Callable[[Batch], Batch], *, seed: int
+    ) -> Generator[Micro, Loss, None]:
+        """Run one forward and backward pass whose result is dropped, so that insufficient memory shows early."""
+        yield Micro(self.engine, prepare(self.engine.to_device(batch)), last=True, seed=seed)
+        self.engine.drop_gradients()
+        self.is_warm = True
+
+    def log(self, done: int, norm: torch.Tensor, rates: dict[str, float], hooks: Hooks) -> None:
+        """Log the line of metrics that is due after ``done`` steps."""
+        self._unlogged = (done, norm, rates)
+        self.watch.require_finite(done)
+        self.watch.require_gradient(done)
+        hooks.log({"step": done, **self.meter.read(norm), "lr": rates})
+        self._unlogged = None
+
+    def line_alone(self) -> dict[str, Any] | None:
+        """Return the line that :meth:`log` did not complete, from this rank's losses; None if there is none."""
+        unlogged, self._unlogged = self._unlogged, None
+        if unlogged is None or unlogged[0] != self.done:
+            return None
+        return {"step": unlogged[0], **self.meter.read(unlogged[1], alone=True), "lr": unlogged[2]}
+
+
 class _Loop:
-    """The state of one training between its steps."""
+    """The steps of one training with one process group."""
 
     def __init__(
         self,
@@ -144,15 +199,13 @@ class _Loop:
         batches: Iterator[Batch],
         prepare: Callable[[Batch], Batch],
         rates: dict[str, Callable[[int], float]],
-        schedule: Schedule,
+        progress: Progress,
         hooks: Hooks,
-        start_step: int,
     ):
         self.engine, self.batches, self.prepare, self.rates = engine, batches, prepare, rates
-        self.schedule, self.hooks, self.start_step = schedule, hooks, start_step
-        hooks.pulse.resume(start_step)
-        self.watch = LossWatch(engine, schedule.total, start_step, hooks.saved)
-        self.meter = Meter(engine)
+        self.progress, self.schedule, self.hooks = progress, progress.schedule, hooks
+        self.watch, self.meter = progress.watch, progress.meter
+        hooks.pulse.resume(progress.done or 0)
 
     def take_step(self, step: int, seed: int) -> Generator[Micro, Loss, None]:
         """Take optimizer step ``step`` (from 0); then log, save, evaluate and generate previews where they are due.
@@ -167,11 +220,8 @@ class _Loop:
         for number, unit in enumerate(units):
             pulse.mark("data")
             batch, unit_seed = meter.wait_for(self.batches), key("step", seed, step, unit)
-            if step == self.start_step and number == 0:
-                # One forward and backward pass whose result is dropped, so that insufficient memory is reported in the
-                # first minute.
-                yield Micro(engine, self.prepare(engine.to_device(batch)), last=True, seed=unit_seed)
-                engine.drop_gradients()
+            if not self.progress.is_warm:
+                yield from self.progress.warm_up(batch, self.prepare, seed=unit_seed)
             if number == 0:
                 engine.begin_step(now, step + 1)
             ready = self.prepare(engine.to_device(batch))
@@ -182,6 +232,7 @@ class _Loop:
             losses.append(loss)
         pulse.mark("reduce")
         norm = engine.step(now, step + 1)
+        self.progress.done = step + 1
         self.watch.see_norm(norm)
         meter.has_times &= not self.hooks.is_profiled(step + 1)
         meter.add(losses, images=batch["num_instances"] * engine.num_units)
@@ -197,11 +248,10 @@ class _Loop:
     def _finish_step(self, done: int, norm: torch.Tensor, rates: dict[str, float]) -> None:
         schedule, hooks = self.schedule, self.hooks
         logs, saves, samples = schedule.logs_at(done), schedule.saves_at(done), schedule.samples_at(done)
-        if logs or saves or samples:
-            self.watch.require_finite(done)
         if logs:
-            self.watch.require_gradient(done)
-            hooks.log({"step": done, **self.meter.read(norm), "lr": rates})
+            self.progress.log(done, norm, rates, hooks)
+        elif saves or samples:
+            self.watch.require_finite(done)
         hooks.pulse.saved = hooks.saved()
         hooks.pulse.finish_step(done)
         with self.meter.paused():

@@ -104,11 +104,16 @@ class Meter:
                 self.sums[name] = self.sums.get(name, 0.0) + value.detach()
         self.images, self.steps, self.units = self.images + images, self.steps + 1, self.units + len(losses)
 
-    def read(self, norm: torch.Tensor) -> dict[str, Any]:
-        """Return the interval's metrics, losses averaged over all units, and start the next interval."""
+    def read(self, norm: torch.Tensor, *, alone: bool = False) -> dict[str, Any]:
+        """Return the interval's metrics, losses averaged over all units, and start the next interval.
+
+        ``alone``: over the units of this rank, without the others.
+        """
         names = list(self.sums)
         sums = torch.stack([self.sums[name].float() for name in names])
-        summed = self.engine.sum_over_ranks(torch.cat([sums, sums.new_tensor([self.units])]))
+        summed = torch.cat([sums, sums.new_tensor([self.units])])
+        if not alone:
+            summed = self.engine.sum_over_ranks(summed)
         line: dict[str, Any] = dict(zip(names, (summed[:-1] / summed[-1]).tolist(), strict=True))
         line |= {"grad_norm": float(norm), "peak_memory_bytes": peak_memory(self.engine.device)}
         if self.has_times:

@@ -65,7 +65,6 @@ LONG_FUNCTIONS = {  # over 60 lines: file::function -> reason
     "cluster/cli/prepare.py::prepare": "its signature declares the options and their help",
     "cluster/cli/tags.py::tags": "its signature declares the options and their help",
     "trainers/evaluation/score.py::score_run": "a third is its signature and docstring; the rest is one pass in order",
-    "trainers/run/run.py::run_steps": "everything that a run consists of, in the only possible order",
     "trainers/run/build.py::assemble": "builds the parts of a run in the only possible order",
 }
 # Files that may call torch.distributed.destroy_process_group: others could destroy a group that is still in

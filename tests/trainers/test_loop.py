@@ -34,8 +34,8 @@ class RandomEngine:
         self.num_units, self.units = num_units, range(rank, num_units, world)
         self.random_numbers = list[float]()
 
-    def any_rank(self, flag: bool) -> Any:
-        return lambda: flag
+    def any_rank(self, *flags: bool) -> Any:
+        return lambda: flags
 
     def to_device(self, batch: Any) -> Any:
         return batch

@@ -27,9 +27,12 @@ class OtherRankFailed(RuntimeError):
     """Another rank raised an error that is not a UserError, and reports it."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DistributedContext:
-    """Rank, world size and device of this process.
+    """Rank, world size and device of this process. Rank and world size change when workers leave or join.
+
+    ``alone``: this process builds its parts to join workers that train already. Its operations then involve no other
+    rank, it computes every share itself, and it is not the main rank.
 
     All ranks must call every method except :meth:`share` together. An error inside :meth:`on_rank_0` or
     :meth:`on_every_rank` is raised on all of them, so that no rank waits for one that failed.
@@ -39,15 +42,23 @@ class DistributedContext:
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     gpu_share: float = 1.0  # part of the device's memory that this worker may use
+    alone: bool = False
 
     def __post_init__(self) -> None:
         """Add the index to the device."""
-        object.__setattr__(self, "device", with_index(self.device))
+        self.device = with_index(self.device)
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which logs and writes files."""
-        return self.rank == 0
+        return self.rank == 0 and not self.alone
+
+    def regroup(self, rank: int, world: int) -> None:
+        """Continue as ``rank`` of ``world`` in the present default process group; all its ranks call this."""
+        self.rank, self.world, self.alone = rank, world, False
+        self.__dict__.pop("group", None)
+        if world > 1:
+            self.group  # noqa: B018 - creates the group, while nothing else waits
 
     @cached_property
     def group(self) -> Any:
@@ -61,7 +72,7 @@ class DistributedContext:
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0; return its result, or raise its error, on every rank."""
-        outcome = _try(work) if self.is_main else None
+        outcome = _try(work) if self.rank == 0 else None
         if self.world > 1:
             packed = [outcome.packed() if outcome is not None else b""]
             dist.broadcast_object_list(packed, src=0, group=self.group)
@@ -121,7 +132,7 @@ class DistributedContext:
         if everywhere:
             parts = self.gather(list(mine))
         else:
-            parts = parts if self.is_main else None
+            parts = parts if self.rank == 0 else None
             dist.gather_object(list(mine), parts, dst=0, group=self.group)
         if parts is None:
             return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -53,6 +53,13 @@ def leave_group(destroy: Callable[[], Any] = dist.destroy_process_group) -> None
     for found in [item for item in gc.get_objects() if issubclass(type(item), DistributedDataParallel)]:
         release_reducer(found)
     destroy()
+
+
+def end_group() -> None:
+    """Destroy the process group, if there is one; it may be broken. No DDP module may use it: see leave_group."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 def release_reducer(module: Any) -> None:

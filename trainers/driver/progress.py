@@ -155,6 +155,11 @@ def log_to_run(run: Storage, *, verbose: bool, when: Callable[[], bool] = lambda
         handler.write()
 
 
+def be_verbose() -> None:
+    """Write all log messages, not only errors, from now on: this process has become the one that reports."""
+    logging.getLogger("dreamfleet").setLevel(logging.INFO)
+
+
 @contextmanager
 def watch_for_stop(run: Storage, *, watch: bool = True) -> Iterator[Callable[[], bool]]:
     """Yield a function that returns whether the run folder holds the stop file; it is cheap to call.

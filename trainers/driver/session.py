@@ -81,6 +81,13 @@ class RaySession:
         return ray.available_resources()
 
     @property
+    def own_address(self) -> str:
+        """The address at which the cluster's nodes reach this process."""
+        import ray
+
+        return "127.0.0.1" if self.private else str(ray.util.get_node_ip_address())
+
+    @property
     def log_folder(self) -> str | None:
         """Folder of the logs of a private cluster's processes; None for another cluster."""
         if not self.private:

@@ -89,8 +89,10 @@ class RunWatch(WorkerGroupCallback, ReplicaGroupCallback):
             return
         self._listen(workers)
         self._give_notices(workers)
-        heard = {rank: self.heard[_key(worker)] for rank, worker in enumerate(workers)}
-        if worker_group_status.finished or any(_key(worker) in self.hung for worker in workers):
+        vacant = getattr(self.group, "vacancies", ())  # places whose worker is being replaced
+        living = {rank: worker for rank, worker in enumerate(workers) if rank not in vacant}
+        heard = {rank: self.heard[_key(worker)] for rank, worker in living.items()}
+        if worker_group_status.finished or any(_key(worker) in self.hung for worker in living.values()):
             return  # the end of a worker that hung is reported by one of the next polls
         if hang := find_hang(heard, time.monotonic(), self.hang_timeout):
             self._end_hang(hang, workers)

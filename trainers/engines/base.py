@@ -96,6 +96,11 @@ class Engine(EngineSpec, ABC):
     gathers_state = False
 
     @property
+    def regroups(self) -> bool:
+        """Whether :meth:`regroup` works: every worker holds the whole state after each step."""
+        return False
+
+    @property
     def lockstep(self) -> bool:
         """Whether a forward pass is a collective operation, so that all ranks must run the same forward passes."""
         return False
@@ -170,15 +175,22 @@ class Engine(EngineSpec, ABC):
     def load_state(self, state: dict[str, Any]) -> None:
         """Load the state that :meth:`state` of any engine returned. Raises CheckpointError if it does not fit."""
 
+    def regroup(self, rank: int, world: int) -> None:
+        """Continue as ``rank`` of ``world`` workers in the present default process group; drop an unfinished step.
+
+        Called only if the engine's :attr:`regroups` is true. The caller gives all workers equal weights and states.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot change its workers")
+
     def close(self) -> None:
         """Release hooks, process groups and files. The engine cannot be used afterwards."""
         self.resources.close()
 
-    def any_rank(self, flag: bool) -> Callable[[], bool]:
-        """Start a reduction over the ranks' flags; return a function that waits and returns whether any is true."""
+    def any_rank(self, *flags: bool) -> Callable[[], tuple[bool, ...]]:
+        """Start a reduction over the ranks' flags; return a function that waits and returns for each if any is true."""
         if self.world == 1:
-            return lambda: flag
-        return start_any_rank(flag, self.device)
+            return lambda: flags
+        return start_any_rank(flags, self.device)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Add up a tensor over the ranks in place, and return it."""

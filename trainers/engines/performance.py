@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,30 +37,30 @@ def release_compiled(config: EngineConfig) -> None:
         torch._dynamo.reset()
 
 
-def start_any_rank(flag: bool, device: torch.device) -> Callable[[], bool]:
-    """Start an all-reduce over the ranks' flags; return a function that waits for it and returns whether any is true.
+def start_any_rank(flags: Sequence[bool], device: torch.device) -> Callable[[], tuple[bool, ...]]:
+    """Start an all-reduce over the ranks' flags; return a function that waits for it and returns which any rank has.
 
     On a GPU the result is copied on a separate stream. Reading it on the training stream would also wait for the steps
     that were queued after it.
     """
-    flags = torch.full((), int(flag), device=device)
-    work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
+    every = torch.tensor([int(flag) for flag in flags], device=device)
+    work = dist.all_reduce(every, op=dist.ReduceOp.MAX, async_op=True)
     if device.type != "cuda":
 
-        def answer() -> bool:
+        def answer() -> tuple[bool, ...]:
             work.wait()
-            return bool(flags.item())
+            return tuple(map(bool, every.tolist()))
 
         return answer
-    stream, on_host = torch.cuda.Stream(device), torch.empty((), dtype=flags.dtype, pin_memory=True)
+    stream, on_host = torch.cuda.Stream(device), torch.empty_like(every, device="cpu", pin_memory=True)
     with torch.cuda.stream(stream):
         work.wait()
-        on_host.copy_(flags, non_blocking=True)
-        flags.record_stream(stream)
+        on_host.copy_(every, non_blocking=True)
+        every.record_stream(stream)
         copied = stream.record_event()
 
-    def answer_copied() -> bool:
+    def answer_copied() -> tuple[bool, ...]:
         copied.synchronize()
-        return bool(on_host.item())
+        return tuple(map(bool, on_host.tolist()))
 
     return answer_copied

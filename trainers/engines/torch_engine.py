@@ -50,6 +50,10 @@ class TorchEngine(TorchSpec, Engine):
             for param in self.params.values():  # a replica must not begin with other random numbers
                 dist.broadcast(param.data, src=0)
 
+    @property
+    def regroups(self) -> bool:
+        return not self.fused  # which changes weights during the backward pass
+
     def regroup(self, rank: int, world: int) -> None:
         """Continue as ``rank`` of ``world`` workers in the present default process group; drop an unfinished step.
 

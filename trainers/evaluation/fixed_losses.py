@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,16 @@ from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import Engine
 from dreamfleet.trainers.evaluation.eval_mode import eval_mode
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
+
+
+class _Image(NamedTuple):
+    """One encoded image: its ID, scaled latents ``[C, h, w]``, loss weights ``[1, h, w]``, time IDs and prompt."""
+
+    id: str
+    latents: Tensor
+    mask: Tensor
+    time_ids: Tensor
+    prompt: str
 
 
 class FixedLosses:
@@ -38,21 +50,30 @@ class FixedLosses:
         enlarged: float = 1.0,
         distributed: DistributedContext | None = None,
     ):
-        self.distributed = distributed = distributed or DistributedContext()
-        model, self.method = method.model, method
-        self.timesteps = model.even_timesteps(count)
-        rows = distributed.share(len(index))
-        captions = index.column("caption")
-        mine = index.take(rows, [captions[row] for row in rows])
-        encoded = distributed.on_every_rank(lambda: encode_index(mine, model, data, enlarged=enlarged))
-        samples = to_samples(mine)
-        self.ids = [sample.id for sample in samples]
-        self.latents = [model.scale_latents(mean) for mean in encoded.mean]
-        self.masks = encoded.mask or [torch.ones(1, *mean.shape[1:]) for mean in encoded.mean]
-        fixed = data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
-        shown = Shown(mine, data.model_copy(update={"center_crop": True, "random_flip": False}), 0)
-        self.time_ids = shown.time_ids([Draw(row, 0) for row in range(len(samples))])
-        self.prompts = [method.prompt(s, numpy_rng("holdout", s.id), fixed) for s in samples]
+        self.distributed = distributed or DistributedContext()
+        self.index, self.data, self.method, self.enlarged = index, data, method, enlarged
+        self.timesteps = method.model.even_timesteps(count)
+        self._images: dict[int, _Image] = {}
+        self.distributed.on_every_rank(self._encode_mine)
+
+    def _encode_mine(self) -> list[_Image]:
+        """Return the images of this rank's share, and encode those that it has not had yet."""
+        rows = self.distributed.share(len(self.index))
+        if missing := [row for row in rows if row not in self._images]:
+            captions, model, data = self.index.column("caption"), self.method.model, self.data
+            mine = self.index.take(missing, [captions[row] for row in missing])
+            encoded = encode_index(mine, model, data, enlarged=self.enlarged)
+            fixed = data.model_copy(
+                update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False}
+            )
+            shown = Shown(mine, data.model_copy(update={"center_crop": True, "random_flip": False}), 0)
+            time_ids = shown.time_ids([Draw(row, 0) for row in range(len(missing))])
+            masks = encoded.mask or [torch.ones(1, *mean.shape[1:]) for mean in encoded.mean]
+            for number, (row, sample) in enumerate(zip(missing, to_samples(mine), strict=True)):
+                prompt = self.method.prompt(sample, numpy_rng("holdout", sample.id), fixed)
+                latents = model.scale_latents(encoded.mean[number])
+                self._images[row] = _Image(sample.id, latents, masks[number], time_ids[number], prompt)
+        return [self._images[row] for row in rows]
 
     def losses(self, engine: Engine) -> Tensor:
         """Return the losses ``[N, count]`` of all images on the CPU, the same on every rank."""
@@ -63,10 +84,9 @@ class FixedLosses:
     def _measure_mine(self, engine: Engine) -> list[Tensor]:
         """Return the losses ``[count]`` of each image of this rank, on the CPU."""
         losses, count = [], len(self.timesteps)
-        prepare = Preparer(self.method)
+        prepare, images = Preparer(self.method), self._encode_mine()
         with eval_mode(self.method), engine.autocast():
-            every = zip(self.ids, self.latents, self.masks, self.time_ids, self.prompts, strict=True)
-            for image, latents, mask, time_ids, prompt in every:
+            for image, latents, mask, time_ids, prompt in images:
                 # The noise is drawn again in every measurement: storing it would take count times the memory of the
                 # latents.
                 keys = [("holdout", 0, j, image) for j in range(count)]

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from dreamfleet.datasets.errors import RunFailed, UserError
@@ -29,12 +30,24 @@ class MetricsLog:
     resumed run first removes the lines after ``start_step``, so that the file is that of an uninterrupted run.
     """
 
-    def __init__(self, run: Storage, *, start_step: int = 0):
+    def __init__(self, run: Storage, *, start_step: int = 0, keeps_all: bool = False):
         self.run = run
         kept = [line for line in read_metrics(run) if line["step"] <= start_step] if start_step else []
-        self.run.write_text(FILE, "".join(json_text(line) + "\n" for line in kept))
+        if not keeps_all:
+            self.run.write_text(FILE, "".join(json_text(line) + "\n" for line in kept))
         self._pending, self._written = "", time.monotonic()
         self._guard, self._writing = threading.Lock(), threading.Lock()
+
+    @classmethod
+    def continued(cls, run: Storage, lines: Sequence[dict[str, Any]]) -> MetricsLog:
+        """Return the log of a run whose writer was lost, after adding those of ``lines`` that it did not write."""
+        log = cls(run, keeps_all=True)
+        written = {_identity(line) for line in read_metrics(run)}
+        for line in lines:
+            if _identity(line) not in written:
+                log._pending += json_text(line) + "\n"
+        log.flush()
+        return log
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line; ``line["step"]`` is the number of finished optimizer steps."""
@@ -80,6 +93,10 @@ def read_metrics(run: Storage) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def _identity(line: dict[str, Any]) -> tuple[int, frozenset[str]]:
+    return line["step"], frozenset(line)
 
 
 def logged_figures(run: Storage) -> dict[str, float]:

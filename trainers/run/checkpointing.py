@@ -124,6 +124,19 @@ class Checkpointing:
         """Whether a save of this rank failed for good, so that :meth:`save` and :meth:`finish` raise its error."""
         return self.saves.has_failed
 
+    def regroup(self, *, took_over: bool = False) -> None:
+        """Agree on the newest checkpoint with the ranks of a new process group, after workers were lost or joined.
+
+        ``took_over``: this rank writes from now on, and cannot know which saves the one before completed.
+        """
+
+        def newest() -> int | None:
+            stored = max(self.checkpoints.steps(), default=None)
+            known = None if took_over else self.saved
+            return max((step for step in (stored, known) if step is not None), default=None)
+
+        self.saved = self.parts.distributed.on_rank_0(newest)
+
     def settle(self, step: int, figures: Mapping[str, float]) -> None:
         """Keep or release the checkpoint of ``step`` after its round in another process; rank 0 only.
 

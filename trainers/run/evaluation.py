@@ -103,6 +103,11 @@ class Evaluation:
         )
         self.untuned = self._load_untuned()
 
+    def regroup(self) -> None:
+        """Continue with the ranks of a new process group: a new rank 0 needs the untuned model's images."""
+        if self.untuned is not None:
+            self.untuned = self._load_untuned()
+
     def measure(self) -> dict[str, float]:
         """Return the metrics of held-out images, ``holdout_loss`` among them, and of the model; {} without any."""
         engine = self.parts.engine

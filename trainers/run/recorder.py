@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +29,12 @@ from dreamfleet.trainers.tracking.tracker import TrackedRun, Trackers, open_trac
 
 log = logging.getLogger(__name__)
 
+KEPT_LINES = 1000  # of metrics, on ranks that do not write them
+UNWRITTEN_SECONDS = 15.0  # TensorBoard's writer flushes every ten seconds
+
 
 class Recorder:
-    """Writes the run folder on rank 0; on other ranks :meth:`open` is not called, and logging does nothing."""
+    """Writes the run folder on rank 0. Other ranks do not call :meth:`open`, and keep the newest lines in memory."""
 
     def __init__(
         self,
@@ -44,6 +49,8 @@ class Recorder:
         self.metrics: MetricsLog | None = None
         self.trackers = Trackers()
         self.scores: dict[str, float] = {}  # of the newest previews
+        # What rank 0 may not have written yet, should this rank have to take over: (time, line)
+        self._recent: deque[tuple[float, dict[str, Any]]] = deque(maxlen=KEPT_LINES)
 
     def follow(self, pulse: Pulse) -> None:
         """Write the progress of ``pulse`` as events: ``steps`` with their ``count``, and each ``evaluation``."""
@@ -65,11 +72,30 @@ class Recorder:
         self.metrics = MetricsLog(self.run, start_step=start_step)
         self.trackers = open_trackers(TrackedRun(self.run, recipe, start_step, versions()))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this rank writes the run folder."""
+        return self.metrics is not None
+
+    def take_over(self, step: int) -> None:
+        """Continue the files of a rank that was lost after ``step``: add the lines that it logged and did not write."""
+        lines = [line for _, line in self._recent]
+        self.metrics = MetricsLog.continued(self.run, lines)
+        since = time.monotonic() - UNWRITTEN_SECONDS
+        shown = [line for at, line in self._recent if at >= since or not self.run.is_local]
+        start_step = max(1, shown[0]["step"] - 1 if shown else step)  # 0 would be a new run
+        self.trackers = open_trackers(TrackedRun(self.run, self.parts.recipe, start_step, versions()))
+        for line in shown:
+            self.trackers.log(line)
+        self._recent.clear()
+
     def log(self, line: dict[str, Any]) -> None:
         """Write a line of metrics to the log and the trackers on rank 0; pass it to observers on every rank."""
         shown = {**line, "total_steps": self.parts.schedule.total}
         tell_observers(self.run, self.parts.distributed.rank, shown)
-        if self.metrics is not None:
+        if self.metrics is None:
+            self._recent.append((time.monotonic(), line))
+        else:
             self.metrics.log(line)
             self.trackers.log(line)
             if self.on_progress is not None:

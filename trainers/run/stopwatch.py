@@ -21,6 +21,11 @@ class Clock:
         self.start_up += before.get("start_up", 0.0)
         self.train += before.get("train", 0.0)
 
+    def adopt(self, others: Mapping[str, float]) -> None:
+        """Count as a worker does that has trained since ``others``, the seconds of its :meth:`lap`, were measured."""
+        self.start_up, self.train = others["start_up"], others["train"]
+        self._since, self._is_ready = time.monotonic(), True
+
     def ready(self) -> None:
         """End the start-up phase and begin the training phase."""
         self.lap()
