@@ -184,4 +184,6 @@ PARTS = {"weights": measure_weights, "exchange": measure_exchange}
 
 if __name__ == "__main__":
     chosen = {name: PARTS[name]() for name in sys.argv[1:] or PARTS}
-    write_result("world_sizes", chosen, how=f"STEPS={STEPS} python benchmarks/world_sizes.py {' '.join(chosen)}")
+    write_result(
+        "world_sizes", chosen, how=f"STEPS={STEPS} python benchmarks/world_sizes.py {' '.join(chosen)}"
+    )

@@ -21,7 +21,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.finite import find_not_finite
 from dreamfleet.trainers.run.lease import LeaseFile
-from dreamfleet.trainers.run.manifests import MANIFEST, find_manifest, path_of, stored_name
+from dreamfleet.trainers.run.manifests import MANIFEST, attempt_of, find_manifest, path_of, stored_name
 
 log = logging.getLogger(__name__)
 ENGINE, EXPORTED = (
@@ -132,11 +132,12 @@ class Checkpoints:
         Until then a checkpoint of the same step that an earlier attempt saved stays valid.
         """
         name, manifest = folder_name(step), stored_name(MANIFEST, self.fence)
-        content = {"step": step, "attempt": self.fence.attempt if self.fence else 0, "files": files}
+        content: dict[str, Any] = {"step": step, "files": files}
+        content["attempt"] = self.fence.attempt if self.fence else 0
         self.storage.write_text(f"{name}/{manifest}", json_text(content, indent=1))
         kept = {manifest, *(path_of(files, file) for file in files)}
         for file in self.storage.list(name):
-            if file not in kept:
+            if file not in kept and attempt_of(file) < content["attempt"]:
                 self.storage.remove(f"{name}/{file}")
 
     def prune(self, newest: int) -> None:

@@ -15,6 +15,7 @@ from dreamfleet.trainers.run.fence import Fence
 from dreamfleet.trainers.run.lease import Attempt, is_superseded
 
 MANIFEST = "manifest.json"
+_ATTEMPT = re.compile(r"\.attempt-(\d+)\.")
 _ANY_MANIFEST = re.compile(r"manifest(?:\.attempt-(\d+))?\.json")
 
 
@@ -24,6 +25,12 @@ def stored_name(file: str, fence: Fence | None) -> str:
         return file
     stem, dot, suffix = file.partition(".")
     return f"{stem}.attempt-{fence.attempt:04d}{dot}{suffix}"
+
+
+def attempt_of(name: str) -> int:
+    """Return the attempt in the name of a stored file; 0 for a name without."""
+    match = _ATTEMPT.search(name)
+    return int(match[1]) if match else 0
 
 
 def path_of(files: dict[str, Any], file: str) -> str:

@@ -63,7 +63,9 @@ class Cluster:
     bus_latency: float = 2e-6
     mtbf: float = 150 * 86_400.0  # 6.5 failures in 1,000 node-days: Kokolis et al. 2024, arXiv:2410.21680
     storage: float = 1e9
-    restart: float = 25.0  # a killed worker in the laboratory on a busy host: 26 s, with a model of 8 M parameters
+    restart: float = (
+        25.0  # a killed worker in the laboratory on a busy host: 26 s, with a model of 8 M parameters
+    )
     regroup: float = 5.0  # assumed; benchmarks/scale.py measures the time in the laboratory
     overlap: float = 0.8
     utilisation: float = 0.19  # measured: 24% of 792 TFLOP/s on an H100, benchmarks/results/gpu.json

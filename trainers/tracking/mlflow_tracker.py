@@ -52,13 +52,13 @@ class MLflow(Tracker):
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=_tracking_uri(run.recipe))
-        self._id = run.stored_id(NAME)
+        stored = run.stored_id(NAME)
         self._known: dict[str, set[int]] = {}  # steps whose values a run that continues already has
-        if self._id is None:
-            self._id = self._create()
+        self._id = stored or self._create()
+        if stored is None:
             run.store_id(NAME, self._id)
         else:
-            self._client.update_run(self._id, status="RUNNING")
+            self._client.update_run(stored, status="RUNNING")
         self._continues = run.start_step > 0
         self._log_parameters()
         self._sender = _Sender()

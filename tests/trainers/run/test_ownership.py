@@ -340,6 +340,29 @@ def test_which_checkpoints_are_superseded(
     assert is_superseded(attempts, attempt=attempt, step=step) is expected
 
 
+def test_a_checkpoint_that_a_replaced_process_completes_late_is_not_used(folder: Storage) -> None:
+    import torch
+
+    from dreamfleet.trainers.run.checkpoint import Checkpoints
+
+    def save(fence: Fence, step: int, by: str) -> None:
+        # Without the guard, as if its checks had passed before the process was replaced.
+        weights = {"w": torch.full((2,), float(step))}
+        Checkpoints(folder, fence=fence).save(step, learned=weights, engine={"by": by}, meta={"by": by})
+
+    old = begin_attempt(folder, None, step=0)
+    save(old, 40, "old")
+    new = begin_attempt(folder, None, step=40)
+    save(old, 50, "old")
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.steps() == [40], "attempt 2 continued from step 40"
+    save(new, 50, "new")
+    for _ in range(2):
+        latest = checkpoints.load_latest()
+        assert latest is not None and latest.step == 50 and latest.meta["by"] == latest.engine["by"] == "new"
+        save(old, 50, "old")
+
+
 WRITER = """
 import sys, time
 from dreamfleet.datasets.storage.storage import Storage
