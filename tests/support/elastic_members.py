@@ -36,7 +36,9 @@ def work(
     result: dict[str, Any] = {}
     completed = False
     try:
-        summary = run_worker(build_recipe(tree), resume=True, membership=membership)
+        summary = run_worker(
+            build_recipe(tree), rank=rank, world=expected, resume=True, membership=membership
+        )
         completed, result = (
             True,
             {"steps": summary.steps, "reason": summary.exit_reason, "workers": summary.workers},

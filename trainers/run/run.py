@@ -65,12 +65,14 @@ def run_worker(
     """
     clock = Clock(waited)
     with patience(recipe.storage.patience_seconds), on_device(device, remedies=TRAINING) as settled:
+        if membership is None:
+            distributed = DistributedContext(rank, world, settled, gpu_share)
+        else:  # of this process only, until it has joined a group
+            distributed = DistributedContext(device=settled, gpu_share=gpu_share, alone=membership.alone)
         return drive(
             run_steps(
                 recipe,
-                DistributedContext(
-                    rank, world, settled, gpu_share, alone=membership is not None and membership.alone
-                ),
+                distributed,
                 resume=resume,
                 should_stop=should_stop,
                 on_progress=on_progress,
