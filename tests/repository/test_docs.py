@@ -110,6 +110,12 @@ def test_commands_of_the_pages_exist(root: Path, pages: dict[Path, str]) -> None
             while typed and typed[0] in getattr(command, "commands", ()):
                 command = command.commands[typed.pop(0)]
             known = {name for option in command.params for name in option.opts} | {"--help"}
+            # `submit --many` parses the words after it, and its help names their options.
+            known |= {
+                name
+                for option in command.params
+                for name in re.findall(r"--[a-z-]+", getattr(option, "help", "") or "")
+            }
             unknown = [x for x in typed[: typed.index("--") if "--" in typed else None] if x.startswith("--")]
             if command is program and not line.startswith("--"):
                 wrong.append(f"{page.name}: dreamfleet {line}")

@@ -242,8 +242,9 @@ def simple_counts(**changes: Any) -> Counts:
 def test_gradients_grow_as_activations_are_freed() -> None:
     counts = simple_counts()
     alone, shared = estimate(counts, PLAIN).gpu, estimate(counts, PLAIN, world=2).gpu
-    # DDP's buckets stay allocated, so they count as activations.
-    assert alone["activations"] == 0 and shared["activations"] == GIB
+    # Gradients on their way: all are sent and received in buckets; the sums of a worker's half follow.
+    assert alone["buffers"] == 0 and shared["buffers"] == 2 * 4 * GIB + 2 * GIB
+    assert alone["activations"] == shared["activations"] == 0
     kept = estimate(simple_counts(micros=2), PLAIN).gpu
     assert kept["activations"] == GIB and kept["gradients"] == alone["gradients"] == 4 * GIB
     half = estimate(counts, CHOICES[3], world=2).gpu
