@@ -6,6 +6,7 @@ run then continues from the newest checkpoint. Imports only the standard library
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from types import FrameType
 
 QUICK_SECONDS = 600.0  # a driver that lived longer does not count as a quick death
 QUICK_DEATHS = 3  # so many in a row end the job
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 QUEUE = "queue"  # the first word of the command of a queue, which is no command of dreamfleet
 RESUMABLE = ("train", "tune", "fleet")  # commands that take --resume; a cache needs no option to continue
 
@@ -57,6 +59,21 @@ def resumed(command: Sequence[str]) -> list[str]:
     return again
 
 
+def run_bound(command: Sequence[str]) -> int:
+    """Run a command that the kernel kills if this process dies, and return its exit code.
+
+    Otherwise the driver of a job that Ray reports as failed would train on, and hold its output_dir.
+    """
+    parent = os.getpid()
+
+    def bind() -> None:  # in the child, before the command starts
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died in the meantime
+            os._exit(1)
+
+    return subprocess.Popen(command, preexec_fn=bind if sys.platform == "linux" else None).wait()
+
+
 def main(arguments: Sequence[str]) -> int:
     """Keep ``dreamfleet ARGUMENTS`` running in this job; return its exit code."""
     stop = False
@@ -69,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, note_stop)
 
     def start(command: Sequence[str]) -> int:
-        return subprocess.Popen([sys.executable, "-m", module, *command]).wait()
+        return run_bound([sys.executable, "-m", module, *command])
 
     module = "dreamfleet.cluster.cli"
     if arguments[0] == QUEUE:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,24 @@ def test_three_quick_deaths_end_the_job_and_slow_ones_do_not() -> None:
     assert (code, len(started)) == (-9, 3)
     code, started = run([-9, -9, -9, -9, 0], seconds=keep.QUICK_SECONDS + 1)
     assert (code, len(started)) == (0, 5)
+
+
+def test_a_driver_ends_with_its_keeper(tmp_path: Path) -> None:
+    beats = tmp_path / "beats"
+    driver = f"import time\nwhile True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.05)"
+    program = (
+        f"import sys; from dreamfleet.cluster.jobs.keep import run_bound; run_bound([sys.executable, '-c', {driver!r}])"
+    )
+    keeper = subprocess.Popen([sys.executable, "-c", program])
+    while not beats.exists() or not beats.stat().st_size:
+        assert keeper.poll() is None
+        time.sleep(0.05)
+    keeper.kill()
+    keeper.wait()
+    time.sleep(0.5)
+    size = beats.stat().st_size
+    time.sleep(0.5)
+    assert beats.stat().st_size == size
 
 
 def test_a_stopped_job_is_not_continued() -> None:
