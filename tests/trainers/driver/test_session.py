@@ -167,7 +167,7 @@ class AwayStorage(Storage):
 
 
 class AwayBucket(AwayStorage):
-    is_local = False
+    is_local = False  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("kind", [AwayStorage, AwayBucket])
