@@ -72,6 +72,8 @@ def test_an_outage_is_reported_at_once_and_then_once_a_minute() -> None:
     assert "answers again, after 149 s" in said.pop() and not outages.is_open("a")
     clock[0] = 500.0
     assert outages.failed("a", "refused") == 0
+    outages.failed("http://me:password@server:9000", "refused")
+    assert "http://***@server:9000" in said[-1], "a login in an address is not logged"
 
 
 class Server(ThreadingHTTPServer):
