@@ -160,7 +160,7 @@ def is_failing(address: str) -> bool:
     """Return whether the last request to the server of a bucket address failed, and is being tried again."""
     scheme, url = parse_address(address)
     if scheme == "s3":
-        return OUTAGES.is_open(urlsplit(_endpoint() or "//amazonaws.com").netloc)
+        return OUTAGES.is_open(_s3_server())
     return OUTAGES.is_open(f"{scheme}://{url.partition('://')[2].split('/', 1)[0]}")
 
 
@@ -238,7 +238,7 @@ def _needs_retry(
     *, response: Any, operation: Any, attempts: int, caught_exception: Any, request_dict: Any, **others: Any
 ) -> float | None:
     """Return the seconds to wait before a request is retried, None to give up; a retry handler of botocore."""
-    server = _server_of(request_dict)
+    server = _s3_server()
     if caught_exception is not None:
         reason, transient = kind_of(caught_exception), is_transient(caught_exception)
     else:
@@ -259,6 +259,7 @@ def _needs_retry(
     return next_wait(attempts, since)
 
 
-def _server_of(request: Any) -> str:
-    parts = urlsplit(request.get("url") or "")
-    return f"{parts.scheme}://{parts.netloc}"
+def _s3_server() -> str:
+    """Return the host and port of the S3 server, without a login, under which its failures are kept and reported."""
+    address = _endpoint()
+    return urlsplit(address).netloc.rpartition("@")[2] if address else "s3.amazonaws.com"
