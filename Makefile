@@ -125,7 +125,7 @@ bench: $(VENV)/.installed ## every measurement in benchmarks/ that needs neither
 	@for script in $$(grep -l __main__ benchmarks/*.py | grep -Ev '/(gpu|faults|storm|scale)'); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 bench-tune: $(VENV)/.installed ## what a search brings, and trials, packs and fleets per hour
-	@for script in search_gain packing fleet; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done
+	@for script in planted search_gain packing fleet; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done
 
 bench-gpu: $(VENV)/.installed ## memory and speed on this machine's GPU, predicted beside measured (minutes)
 	$(BIN)/python benchmarks/gpu.py

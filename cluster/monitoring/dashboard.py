@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from dreamfleet.datasets.json_text import json_text
 
 DATASOURCE = {"type": "prometheus", "uid": "dreamfleet-prometheus"}
 FILE = Path(__file__).with_name("grafana") / "dashboards" / "dreamfleet.json"
@@ -169,4 +170,4 @@ def _panel(number: int, panel: Panel) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(dashboard(), indent=2) + "\n", encoding="utf-8")
+    FILE.write_text(json_text(dashboard(), indent=2) + "\n", encoding="utf-8")

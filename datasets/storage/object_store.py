@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -33,7 +34,16 @@ SCHEMES = ("s3", "gs")
 _OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # timeouts of one attempt
 RECHECK_SECONDS = 15.0
-_is_guarded: ContextVar[bool] = ContextVar("is_guarded", default=False)  # fsspec passes it on
+
+
+@dataclass
+class _Guarded:
+    """A guarded action; ``outage``: for how many seconds its server had failed when it gave up a request, if it did."""
+
+    outage: float | None = None
+
+
+_guarded: ContextVar[_Guarded | None] = ContextVar("guarded", default=None)  # fsspec passes it on
 _KEYLESS_KINDS = {"NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"}
 
 
@@ -56,7 +66,8 @@ class Bucket:
         key, attempt, first_failure = path.partition("://")[2], 0, 0.0
         while True:
             attempt += 1
-            token = _is_guarded.set(is_guarded)
+            guarded = _Guarded() if is_guarded else None
+            token = _guarded.set(guarded)
             try:
                 result = action(self.file_system(), key)
                 OUTAGES.succeeded(self._own_server)
@@ -73,15 +84,15 @@ class Bucket:
                         True,
                         max(since, OUTAGES.failed(self._own_server, f"{verb}: {kind_of(error)}")),
                     )
-                if is_guarded and (outage := OUTAGES.longest()) is not None:
-                    again, since = True, max(since, outage)
+                if guarded is not None and guarded.outage is not None:
+                    again, since = True, max(since, guarded.outage)
                 wait = next_wait(attempt, since)
                 if wait is None or not again:
                     raise StorageError(masked(self._explain(verb, path, error))) from error
                 log.info("cannot %s %s (%s): retrying in %.1f s", verb, path, kind_of(error), wait)
                 time.sleep(wait)
             finally:
-                _is_guarded.reset(token)
+                _guarded.reset(token)
 
     @property
     def _own_server(self) -> str:
@@ -149,7 +160,7 @@ def is_failing(address: str) -> bool:
     """Return whether the last request to the server of a bucket address failed, and is being tried again."""
     scheme, url = parse_address(address)
     if scheme == "s3":
-        return OUTAGES.is_open(urlsplit(_endpoint() or "//amazonaws.com").netloc)
+        return OUTAGES.is_open(_s3_server())
     return OUTAGES.is_open(f"{scheme}://{url.partition('://')[2].split('/', 1)[0]}")
 
 
@@ -227,7 +238,7 @@ def _needs_retry(
     *, response: Any, operation: Any, attempts: int, caught_exception: Any, request_dict: Any, **others: Any
 ) -> float | None:
     """Return the seconds to wait before a request is retried, None to give up; a retry handler of botocore."""
-    server = _server_of(request_dict)
+    server = _s3_server()
     if caught_exception is not None:
         reason, transient = kind_of(caught_exception), is_transient(caught_exception)
     else:
@@ -240,12 +251,15 @@ def _needs_retry(
     now = time.monotonic()
     own = now - request_dict["context"].setdefault("first_failure", now)
     # Of the whole outage: requests that start in it do not wait longer than those that it began with.
-    since = OUTAGES.failed(server, f"{operation.name} {request_dict['url_path']}: {reason}")
-    if _is_guarded.get() and own >= RECHECK_SECONDS:
+    since = max(own, OUTAGES.failed(server, f"{operation.name} {request_dict['url_path']}: {reason}"))
+    guarded = _guarded.get()
+    if guarded is not None and own >= RECHECK_SECONDS:
+        guarded.outage = since
         return None
-    return next_wait(attempts, max(own, since))
+    return next_wait(attempts, since)
 
 
-def _server_of(request: Any) -> str:
-    parts = urlsplit(request.get("url") or "")
-    return f"{parts.scheme}://{parts.netloc}"
+def _s3_server() -> str:
+    """Return the host and port of the S3 server, without a login, under which its failures are kept and reported."""
+    address = _endpoint()
+    return urlsplit(address).netloc.rpartition("@")[2] if address else "s3.amazonaws.com"

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from dreamfleet.datasets.environment import masked
+
 log = logging.getLogger(__name__)
 
 FIRST_WAIT_SECONDS = 0.25  # before the second attempt; doubled after each further failure
@@ -115,8 +117,8 @@ class Outages:
         if is_due:
             minutes = current_patience() / 60
             self.say(
-                f"no success at {server} for {since:.0f} s ({reason}): trying again, for up to {minutes:.3g} minutes "
-                "in all"
+                f"no success at {masked(server)} for {since:.0f} s ({reason}): trying again, for up to "
+                f"{minutes:.3g} minutes in all"
             )
         return since
 
@@ -128,12 +130,7 @@ class Outages:
         with self._lock:
             began, reported = self._began.pop(server, now), self._reported.pop(server, None)
         if reported is not None and now - began >= 1.0:
-            self.say(f"{server} answers again, after {now - began:.0f} s")
-
-    def longest(self) -> float | None:
-        """Return the seconds of the longest outage that has not ended; None without any."""
-        with self._lock:
-            return self.now() - min(self._began.values()) if self._began else None
+            self.say(f"{masked(server)} answers again, after {now - began:.0f} s")
 
     def is_open(self, server: str) -> bool:
         """Return whether the last request to a server failed; ``server`` may be the end of its name."""

@@ -20,8 +20,9 @@ from dreamfleet.trainers.run.evaluation import Evaluation
 from dreamfleet.trainers.run.run import run_worker
 
 ROOT = Path(__file__).resolve().parents[2]
-# Files that serialise JSON for a hash, or in another program's format.
+# Files that serialise JSON for a hash, in another program's format, or where only Ray may be imported (versions.py).
 WRITES_ITSELF = {
+    "cluster/jobs/check_versions.py", "cluster/jobs/versions.py",
     "datasets/index/index.py", "datasets/index/labels.py", "datasets/json_text.py", "datasets/serve/latent_files.py",
     "datasets/tools/prepare.py", "trainers/batches/class_image_drawing.py", "trainers/models/sampling/infotext.py",
     "trainers/models/pretrained.py",

@@ -152,11 +152,12 @@ def test_the_loop_needs_neither_ray_nor_deepspeed(root: Path, tmp_path: Path) ->
         "dreamfleet.datasets.serve.stream",
         "dreamfleet.datasets.serve.cache",
     )
-    files = (
-        "dreamfleet.trainers.driver.worker",
-        "dreamfleet.trainers.launch",
-        "dreamfleet.trainers.driver.session",
-    )
+    members = ("member_controller", "member_group", "member_trainer")
+    files = {
+        f"dreamfleet.trainers.driver.{name}"
+        for name in ("causes", "evaluator", *members, "ray_internals", "watch")
+    }
+    assert files <= set(modules_of(root))
     names = [n for n in modules_of(root) if not n.startswith(apart) and n not in files]
     code = """
         import importlib, sys

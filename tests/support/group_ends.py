@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
-from dreamfleet.trainers.engines.gradient_exchange import GradientExchange
+from dreamfleet.trainers.engines import gradient_exchange
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.methods.dreambooth import DreamBooth
 from dreamfleet.trainers.recipe import build_recipe
@@ -42,7 +42,7 @@ def interrupt(*_: Any, **__: Any) -> Any:
 ENDS: dict[str, tuple[Any, str, Callable[..., Any]] | None] = {
     "completed": None,
     "fails in the forward pass": (DreamBooth, "forward", fail),
-    "fails while gradients are sent": (GradientExchange, "_add", fail),
+    "fails while gradients are sent": (gradient_exchange._AllReduce, "add", fail),
     "fails in a step": (TorchEngine, "step", fail),
     "is interrupted": (TorchEngine, "step", interrupt),
     "fails after the engine was built": (assemble, "make_rates", fail),

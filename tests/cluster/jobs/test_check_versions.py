@@ -16,7 +16,8 @@ from dreamfleet.datasets.errors import ResourceError
 
 NEEDED = [
     "torch", "ray", "deepspeed", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pyarrow", "s3fs",
-    "numpy", "pillow", "pydantic", "pyyaml", "typer", "rich", "tqdm", "tensorboard", "optuna", "filelock", "jinja2",
+    "numpy", "pillow", "pydantic", "pyyaml", "typer", "rich", "tqdm", "tensorboard", "optuna", "filelock", "packaging",
+    "jinja2",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +16,7 @@ from servers import S3Server, s3_server  # noqa: F401  (a fixture)
 from dreamfleet.datasets.errors import LeaseLost, StorageError
 from dreamfleet.datasets.storage import conditional, object_store
 from dreamfleet.datasets.storage.conditional import supports_conditions
+from dreamfleet.datasets.storage.retry import Outages
 from dreamfleet.datasets.storage.storage import Storage
 
 
@@ -216,8 +218,18 @@ def test_a_write_whose_answer_was_lost_counts_as_written(server: Any) -> None:
     assert not folder.write_if("lease.json", b"other", version="")
 
 
-def test_a_write_that_an_outage_delays_is_checked_again(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("other_server_fails", [False, True])
+def test_a_write_that_an_outage_delays_is_checked_again(
+    server: Any, monkeypatch: pytest.MonkeyPatch, other_server_fails: bool
+) -> None:
+    """Test that the write is repeated with its check, also if another server has been failing for an hour."""
     monkeypatch.setattr(object_store, "RECHECK_SECONDS", 0.5)
+    outages = Outages(time.monotonic)
+    monkeypatch.setattr(object_store, "OUTAGES", outages)
+    if other_server_fails:
+        outages.now = lambda: time.monotonic() - 3600
+        outages.failed("http://other:9000", "503 SlowDown")
+        outages.now = time.monotonic
     server.is_down = True
 
     def check(fresh: bool) -> None:

@@ -72,6 +72,8 @@ def test_an_outage_is_reported_at_once_and_then_once_a_minute() -> None:
     assert "answers again, after 149 s" in said.pop() and not outages.is_open("a")
     clock[0] = 500.0
     assert outages.failed("a", "refused") == 0
+    outages.failed("http://me:password@server:9000", "refused")
+    assert "http://***@server:9000" in said[-1], "a login in an address is not logged"
 
 
 class Server(ThreadingHTTPServer):
@@ -307,3 +309,25 @@ def test_a_server_that_starts_after_an_outage_may_refuse_at_first() -> None:
     with serving(lambda handler: next(answers)(handler), 4, "PUT") as server:
         write(Storage("s3://bucket/x"))
         assert server.seen.count("PUT") == 5
+
+
+def test_an_outage_is_known_by_the_address_of_a_bucket_and_told_without_a_login(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from types import SimpleNamespace
+
+    from dreamfleet.datasets.storage.object_store import is_failing
+
+    said: list[str] = []
+    monkeypatch.setattr(object_store, "OUTAGES", Outages(time.monotonic, said.append))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://me:secret@127.0.0.1:9")
+    assert not is_failing("s3://bucket/run")
+    object_store._needs_retry(
+        response=None,
+        operation=SimpleNamespace(name="PutObject"),
+        attempts=1,
+        caught_exception=ConnectionError(),
+        request_dict={"url_path": "/bucket/run/x", "context": {}},
+    )
+    assert is_failing("s3://bucket/run")
+    assert "127.0.0.1:9" in said[0] and "secret" not in said[0]

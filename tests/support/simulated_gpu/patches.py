@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +135,11 @@ def _patch_streams(ext: Any) -> None:
         def cuda_stream(self) -> int:
             return self.stream_id
 
+        def record_event(self, event: Any = None) -> Any:
+            event = Event() if event is None else event
+            event.record(self)
+            return event
+
     class Event(torch.Event):
         """An event of a simulated GPU."""
 
@@ -143,6 +149,21 @@ def _patch_streams(ext: Any) -> None:
             return super().__new__(
                 cls, device=torch.device("cuda", ext.get_device()), enable_timing=enable_timing
             )
+
+        def __init__(self, enable_timing: bool = False, **_: Any):
+            self.is_timed, self.recorded_at = enable_timing, None
+
+        def record(self, stream: Any = None) -> None:
+            super().record(current_stream() if stream is None else stream)
+            self.recorded_at = time.perf_counter()
+
+        def elapsed_time(self, end_event: Any) -> float:
+            """Return the milliseconds between two events; torch.Event refuses its subclasses here."""
+            if not self.is_timed or not end_event.is_timed:
+                raise ValueError("Both events must be created with argument 'enable_timing=True'.")
+            if self.recorded_at is None or end_event.recorded_at is None:
+                raise ValueError("Both events must be recorded before calculating elapsed time.")
+            return 1000 * (end_event.recorded_at - self.recorded_at)
 
     def current_stream(device: Any = None) -> Any:
         cuda._lazy_init()
