@@ -106,6 +106,9 @@ def fit(
     ):
         open_folder()  # again: another process may have trained into it until now
         try:
+            begun = resume or take_over or folder.exists("recipe.yaml")
+            if begun and not Checkpoints(folder).steps():
+                logger.info("no checkpoint in %s: starting at step 0", folder.path("checkpoints"))
             summary = _train(recipe, lease, address, shared, display, started)
         finally:
             display.close()
@@ -121,12 +124,8 @@ def _train(
     started: float,
 ) -> Summary:
     """Train into the folder that this process owns."""
-    from dreamfleet.trainers.run.checkpoint import Checkpoints
-
     run = Storage(recipe.output_dir).guarded(lease.check)
     resume = run.exists("recipe.yaml")
-    if resume and not Checkpoints(run).steps():
-        logger.info("no checkpoint in %s: starting at step 0", run.path("checkpoints"))
     with stop_on_signal(run, display.say) as stop:
         if recipe.scaling.is_local:
             return _fit_here(recipe, resume, stop, display, started, lease.owner)
