@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.storage.storage import Storage
@@ -21,7 +22,7 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.report.report import render
 from dreamfleet.trainers.run.checkpoint import Checkpoints
-from dreamfleet.trainers.run.evaluation import Evaluation, Previews
+from dreamfleet.trainers.run.evaluation import Evaluation, Previews, to_grid
 from dreamfleet.trainers.run.run import run_worker
 
 
@@ -173,7 +174,8 @@ def test_the_best_checkpoint_can_be_that_of_a_score_of_the_previews(
     """Scores are logged after the held-out loss, whose lowest value is at step 4."""
     measure(monkeypatch, LOSSES)
     scores = {0: 0.9, 2: 0.1, 4: 0.2, 6: 0.4, 8: 0.3, 10: 0.4}
-    monkeypatch.setattr(Evaluation, "draw", lambda self, step: Previews(b"", [], {"clip_i": scores[step]}))
+    grid = to_grid([Image.new("RGB", (8, 8))], columns=1)
+    monkeypatch.setattr(Evaluation, "draw", lambda self, step: Previews(grid, [], {"clip_i": scores[step]}))
     tree = holdout_tree(tmp_path)
     tree["validation"] |= {"prompts": ["a <x>"], "metrics": ["clip_i"], "metric_for_best": "clip_i"}
     summary = run_worker(build_recipe(tree), should_stop=tiny.Stop(8))

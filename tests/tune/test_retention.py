@@ -34,14 +34,14 @@ LOSSES = {
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialStore:
     """A search with one trial for each of the LOSSES, none of which has run."""
     tiny.make_images(tmp_path / "holdout", 1, seed=5)
-    tree = make_trained_tree(tmp_path, str(tmp_path / "s"), [1e-3, 2e-3])
+    tree = make_trained_tree(tmp_path, str(tmp_path / "s"), [1e-3, 2e-3], grace_period=1)
     tree["train"] |= {"max_train_steps": 4, "checkpointing_steps": 3}
     tree["validation"] |= {"steps": 1, "sample_at_first": False, "prompts": []}
     recipe = build_recipe(tree)
     assert recipe.search is not None
 
     def measure(evaluation: Evaluation) -> dict[str, float]:
-        run = evaluation.recorder.run
+        run = Storage(evaluation.parts.recipe.output_dir)
         return {"holdout_loss": LOSSES[run.url.rpartition("/")[2]][len(rounds_of(run))]}
 
     monkeypatch.setattr(Evaluation, "measure", measure)

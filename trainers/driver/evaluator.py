@@ -51,10 +51,10 @@ class RoundActor:
 
 @dataclass
 class _Started:
-    """A round that was started; ``tries`` counts the processes that it was given to."""
+    """A round that was started; ``tries`` counts the processes that it was given to; ``answer`` is None before."""
 
     step: int
-    answer: Any
+    answer: Any = None
     tries: int = 1
 
 
@@ -62,8 +62,9 @@ class RayEvaluator:
     """Computes rounds one after the other in an actor with ``validation.resources``, outside of the workers' place.
 
     ``environment`` returns the variables of a process with so many threads; ``sent``: those that Ray must not show.
-    If the actor or its node dies, another is started and computes the unfinished rounds again. A round that fails
-    three times is returned with its error.
+    If the actor or its node dies, another is started and computes the unfinished round again. A round that fails three
+    times is returned with its error. The actor gets one round at a time: if it died in a later one, Ray could lose the
+    result of an earlier one, and the failure would be counted for that.
     """
 
     def __init__(
@@ -90,7 +91,8 @@ class RayEvaluator:
 
     def start(self, step: int) -> None:
         """Compute the round of ``step`` after those that were started before."""
-        self._started.append(_Started(step, self._actor.compute.remote(step)))
+        self._started.append(_Started(step))
+        self._submit()
 
     def finished(self, *, wait: bool = False) -> list[RoundResult]:
         """Return the results that were not returned before, in order; ``wait`` for the oldest one if there is none."""
@@ -103,6 +105,11 @@ class RayEvaluator:
     def close(self) -> None:
         """End the actor."""
         ray.kill(self._actor)
+
+    def _submit(self) -> None:
+        """Give the oldest round to the actor, unless it has it."""
+        if self._started and (oldest := self._started[0]).answer is None:
+            oldest.answer = self._actor.compute.remote(oldest.step)
 
     def _is_ready(self, *, wait: bool) -> bool:
         oldest = self._started[0]
@@ -127,10 +134,11 @@ class RayEvaluator:
             if oldest.tries == MOST_TRIES:
                 self._started.popleft()
                 result = RoundResult(oldest.step, error=f"{reason} (tried {MOST_TRIES} times)")
-            oldest.tries += 1
+            oldest.tries, oldest.answer = oldest.tries + 1, None
             self._restart(oldest.step, reason)
             return result
         self._started.popleft()
+        self._submit()
         return result
 
     def _restart(self, step: int, reason: str) -> None:
@@ -139,8 +147,7 @@ class RayEvaluator:
         )
         ray.kill(self._actor)
         self._actor = self._start_actor()
-        for round_ in self._started:
-            round_.answer = self._actor.compute.remote(round_.step)
+        self._submit()
 
     def _start_actor(self) -> Any:
         others = {name: amount for name, amount in self.resources.items() if name not in ("CPU", "GPU")}

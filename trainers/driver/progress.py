@@ -244,17 +244,23 @@ class _LocalStopFile:
 
 
 class _RunLog(logging.Handler):
-    """Appends messages to ``run.log``; in a bucket by a thread, since a request may log its own failure."""
+    """Appends messages to ``run.log``, in a bucket by a thread.
+
+    A message that a write itself logs, such as a warning about its bucket, is kept for the next write.
+    """
 
     def __init__(self, run: Storage):
         super().__init__()
         self.run, self._pending, self._is_queued = run, "", False
-        self._guard, self._writing = threading.Lock(), threading.RLock()
+        self._guard, self._writing = threading.Lock(), threading.Lock()
+        self._writer: int | None = None  # the thread that writes now
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
         with self._guard:
             self._pending += self.format(record).replace("\n", "\n  ") + "\n"
+            if self._writer == threading.get_ident():
+                return
             is_queued, self._is_queued = self._is_queued, True
         if self.run.is_local:
             self.write()
@@ -266,6 +272,7 @@ class _RunLog(logging.Handler):
         with self._writing:
             with self._guard:
                 text, self._pending, self._is_queued = self._pending, "", False
+            self._writer = threading.get_ident()
             try:
                 if text:
                     self.run.append_text(LOG_FILE, text)
@@ -274,3 +281,5 @@ class _RunLog(logging.Handler):
             except Exception:  # noqa: BLE001 - a handler must not raise, and a warning would come back here
                 with self._guard:
                     self._pending = text + self._pending
+            finally:
+                self._writer = None

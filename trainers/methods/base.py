@@ -75,6 +75,7 @@ class Method(nn.Module, ABC):
     needs: ClassVar[Collection[str]] = COMPONENTS  # components of the model that are loaded
     #: export formats written by default
     formats: tuple[str, ...] = ()
+    files_per_format: ClassVar[int] = 1  # files that an export writes in each format that is one file
 
     def __init__(self, config: Any, model: DiffusionModel, setting: Setting):
         super().__init__()

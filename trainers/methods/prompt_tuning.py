@@ -45,6 +45,7 @@ class PromptTuning(DiffusionMethod):
     """Train a new word, even from one image: vectors for the prompt and for the negative prompt."""
 
     formats = ("pt", "safetensors")
+    files_per_format = 2  # the word and its negative
 
     def __init__(self, config: PromptTuningConfig, model: DiffusionModel, setting: Setting):
         super().__init__(config, model, setting)

@@ -28,7 +28,7 @@ from dreamfleet.trainers.run.spool import spool_root
 PNG, SMALL_WEBP, WEBP, SMALL_SIDE = 1.65, 2.1, 0.5, 160
 REAL_IMAGES = 12  # images in samples/real.png
 # Bytes of the text files of a run and of its report, per logged line and per preview image.
-RUN_TEXT, REPORT_TEXT, LINE, CELL = 12_000, 18_000, 160, 160
+RUN_TEXT, REPORT_TEXT, LINE, CELL = 12_000, 24_000, 160, 160
 SPOOLED = 3  # checkpoints of a run on its worker's disk while its bucket is away
 MANY_TRIALS = 100  # of a search that only limits its hours
 

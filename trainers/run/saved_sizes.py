@@ -14,7 +14,8 @@ from dreamfleet.trainers.models.formats.file_names import EMBEDDING_IMAGES
 from dreamfleet.trainers.recipe import Recipe
 
 # Bytes besides the elements, measured on the files of the pocket model's runs: per tensor in a header, per tensor and
-# file of torch.save, per export, per token of a tokenizer's files, of an embedding's image, of a checkpoint's texts.
+# file of torch.save, per exported file, per token of a tokenizer's files, of an embedding's image, of the texts of a
+# checkpoint.
 HEADER, RECORD, SAVED, EXPORTED, TOKEN, EMBEDDING_IMAGE, CHECKPOINT_TEXT = (
     120,
     270,
@@ -83,4 +84,4 @@ def _export_bytes(form: str, method: Method, precision: int) -> int:
         return precision * sum(tensors) + HEADER * len(tensors) + EXPORTED + TOKEN * vocabulary
     width = 4 if kind.is_full_precision else precision
     image = EMBEDDING_IMAGE if f".{form}" in EMBEDDING_IMAGES else 0
-    return width * sum(trained) + HEADER * len(trained) + EXPORTED + image
+    return width * sum(trained) + HEADER * len(trained) + method.files_per_format * (EXPORTED + image)

@@ -16,6 +16,7 @@ import tiny
 
 from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import ResourceError, StorageError
+from dreamfleet.datasets.storage.background import LINES
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver import progress
 from dreamfleet.trainers.driver import session as ray_session
@@ -152,27 +153,36 @@ def test_a_stop_mark_is_found_on_disk_and_in_a_bucket(
         assert not asked()
 
 
-class AwayBucket(Storage):
-    """A bucket that cannot be reached: logs a warning, as a bucket does, and raises StorageError."""
+class AwayStorage(Storage):
+    """Storage that fails: logs a warning, as a bucket does, and raises StorageError."""
 
     tries = 0
+    last_text = ""
 
     def append_text(self, rel: str, text: str) -> None:
-        self.tries += 1
+        self.tries, self.last_text = self.tries + 1, text
         if self.tries < 20:
             logging.getLogger("dreamfleet.datasets").warning("cannot write %s yet: trying again", rel)
         raise StorageError("no answer")
 
 
-def test_warnings_about_a_failing_bucket_are_not_written_to_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class AwayBucket(AwayStorage):
+    is_local = False  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [AwayStorage, AwayBucket])
+def test_warnings_about_failing_storage_cause_no_more_writes_to_it(
+    kind: type[AwayStorage], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(logging, "raiseExceptions", False)
-    run = AwayBucket(tmp_path)
+    run = kind(tmp_path)
     with log_to_run(run, verbose=True):
         logging.getLogger("dreamfleet.trainers").info("step 1")
         logging.getLogger("dreamfleet.trainers").info("step 2")
-    assert run.tries == 2
+        LINES.submit(lambda: None).result(timeout=60)  # after the writes that the messages caused
+        assert 1 <= run.tries <= 2
+    assert run.tries <= 3  # the messages that are left are written at the end
+    for kept in ("step 1", "step 2", "cannot write run.log yet"):
+        assert kept in run.last_text
 
 
 def test_missing_inputs_are_reported_before_workers_start(tmp_path: Path) -> None:

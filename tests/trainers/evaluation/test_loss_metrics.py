@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dreamfleet.datasets.index.index import build_index
 from dreamfleet.trainers.batches.vae_encoding import read_cut
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.evaluation.loss_metrics import (
+    BINS,
     MOST_IMAGES,
     VIEWS,
     MeasuredRun,
@@ -90,7 +92,12 @@ def test_at_most_some_training_images_are_measured_evenly_chosen(tmp_path: Path)
     run = MeasuredRun(
         parts.method, parts.engine, parts.recipe.data, parts.sets.instances, DistributedContext()
     )
-    assert len(set(run.losses().ids)) == MOST_IMAGES
+    losses = run.losses()
+    rows, chosen = run.training.column("id"), losses.index.column("id")
+    positions = [rows.index(name) for name in chosen]
+    steps = {after - before for before, after in itertools.pairwise(positions)}
+    assert len(positions) == MOST_IMAGES and positions[0] == 0 and steps == {1, 2}
+    assert losses.losses(parts.engine).shape == (MOST_IMAGES, BINS)
 
 
 def test_views_are_cut_from_the_middle_and_differ_from_the_trained_images(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_damaged_checkpoints_do_not_displace_intact_ones(tmp_path: Path) -> None
     assert found is not None and found.step == 4
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RankOne(DistributedContext):
     """Rank 1 of two, without rank 0: ``on_rank_0`` returns ``heard`` and adds an entry to ``waits``."""
 
