@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -34,15 +35,16 @@ class RayHead:
         """The file in which Ray lists the addresses of metrics for Prometheus."""
         return self.folder / "prom_metrics_service_discovery.json"
 
-    def answers(self) -> bool:
-        """Return whether the job server answers to the token."""
+    def answers(self, *, nodes: int) -> bool:
+        """Return whether the head answers to the token, and lists ``nodes`` live nodes."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        request = urllib.request.Request(f"{self.jobs}/api/version", headers=headers)
+        request = urllib.request.Request(f"{self.jobs}/api/v0/nodes", headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=5):
-                return True
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                rows = json.load(answer)["data"]["result"]["result"]
         except OSError:
             return False
+        return sum(row["state"] == "ALIVE" for row in rows) == nodes
 
 
 @contextmanager
@@ -79,7 +81,7 @@ def ray_head(
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         process = stack.enter_context(_running(first, variables, folder / "head.log"))
-        _wait_until(head.answers, process, folder / "head.log")
+        _wait_until(lambda: head.answers(nodes=1), process, folder / "head.log")
         for number in range(1, nodes):
             more = [
                 *start,
@@ -87,7 +89,10 @@ def ray_head(
                 f"--node-ip-address=127.0.0.{number + 1}",
                 *agent_ports(),
             ]
-            stack.enter_context(_running(more, variables, folder / f"node-{number}.log"))
+            log = folder / f"node-{number}.log"
+            process = stack.enter_context(_running(more, variables, log))
+            joined = number + 1
+            _wait_until(lambda joined=joined: head.answers(nodes=joined), process, log)
         yield head
 
 
@@ -136,5 +141,5 @@ def _wait_until(ready: object, process: subprocess.Popen[bytes], log: Path) -> N
     deadline = time.monotonic() + START_SECONDS
     while not ready():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the head did not start: {log.read_text()[-3000:]}")
+            raise RuntimeError(f"a node did not start: {log.read_text()[-3000:]}")
         time.sleep(0.5)

@@ -97,20 +97,26 @@ def test_a_killed_worker_does_not_change_results_and_torch_resumes_the_run(tmp_p
     """Test stage 2 with optimizer states in host memory against one process under TorchEngine."""
     alone = make_tree(tmp_path, "alone", train__max_train_steps=STEPS + 3)
     run_worker(build_recipe({**alone, "train": {**alone["train"], "max_train_steps": STEPS}}))
-    killed: list[int] = []
+    logged: list[int] = []  # the number of steps in the metrics just after a worker was killed
 
     def kill_one(line: dict[str, Any]) -> None:
-        if line["step"] >= 12 and not killed:
-            killed.append(worker_processes()[-1])
-            os.kill(killed[0], signal.SIGKILL)
+        if line["step"] >= 12 and not logged and (workers := worker_processes()):
+            os.kill(workers[-1], signal.SIGKILL)
+            logged.append(len(losses(tmp_path / "sharded")))
 
     changes = {
         "engine": {"zero_stage": 2, "offload_optimizer_device": "cpu"},
         "train__train_batch_size": 1,
         "scaling": {"num_workers": 2, "max_failures": 1},
     }
-    result = fit(build_recipe(make_tree(tmp_path, "sharded", **changes)), on_progress=kill_one)
-    assert killed, "the run ended before a worker could be killed"
+    recipe = build_recipe(make_tree(tmp_path, "sharded", **changes))
+    for _ in range(3):  # on a busy machine a run may end before the driver has read its steps
+        logged.clear()
+        shutil.rmtree(recipe.output_dir, ignore_errors=True)
+        result = fit(recipe, on_progress=kill_one)
+        if logged and logged[0] < STEPS:
+            break
+    assert logged and logged[0] < STEPS, "every run ended before a worker could be killed"
     assert result.summary.start_step >= 10, "the workers were not restarted from a checkpoint"
     sharded, plain = tmp_path / "sharded", tmp_path / "alone"
     assert losses(sharded) == pytest.approx(losses(plain), rel=1e-4)
