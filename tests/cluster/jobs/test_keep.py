@@ -52,7 +52,8 @@ def test_three_quick_deaths_end_the_job_and_slow_ones_do_not() -> None:
 def test_a_driver_ends_with_its_keeper(tmp_path: Path) -> None:
     beats = tmp_path / "beats"
     driver = f"import time\nwhile True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.05)"
-    program = f"import sys; from dreamfleet.cluster.jobs.keep import run_bound; run_bound([sys.executable, '-c', {driver!r}])"
+    command = f"[sys.executable, '-c', {driver!r}]"
+    program = f"import sys; from dreamfleet.cluster.jobs.keep import run_bound; run_bound({command})"
     keeper = subprocess.Popen([sys.executable, "-c", program])
     while not beats.exists() or not beats.stat().st_size:
         assert keeper.poll() is None
