@@ -106,13 +106,19 @@ def fit(
     ):
         open_folder()  # again: another process may have trained into it until now
         try:
-            begun = resume or take_over or folder.exists("recipe.yaml")
-            if begun and not Checkpoints(folder).steps():
-                logger.info("no checkpoint in %s: starting at step 0", folder.path("checkpoints"))
+            _log_start(folder, asked=resume or take_over)
             summary = _train(recipe, lease, address, shared, display, started)
         finally:
             display.close()
     return FitResult(summary, folder.path())
+
+
+def _log_start(folder: Storage, *, asked: bool) -> None:
+    """Log that a run which is to be resumed, or was begun before, has no checkpoint to continue from."""
+    from dreamfleet.trainers.run.checkpoint import Checkpoints
+
+    if (asked or folder.exists("recipe.yaml")) and not Checkpoints(folder).steps():
+        logger.info("no checkpoint in %s: starting at step 0", folder.path("checkpoints"))
 
 
 def _train(
