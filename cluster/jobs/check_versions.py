@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +131,7 @@ def probe(server: JobServer, say: Callable[[str], None]) -> list[Node] | None:
 
 def read_here() -> dict[str, str | None]:
     """Return the versions on this machine."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in SHOWN:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return versions.read_versions(list(SHOWN))
 
 
 def _start_probe(server: JobServer, job_id: str, names: list[str]) -> None:
