@@ -12,8 +12,9 @@ from dreamfleet.datasets.index.exclusions import BadFile
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.kohya_folders import kohya_concepts, refuse_subset, subsets_of
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, SourceImage, one_concept
+from dreamfleet.datasets.storage.bucket_keys import stamp_of
 from dreamfleet.datasets.storage.disk import explain_errors
-from dreamfleet.datasets.storage.object_store import Bucket
+from dreamfleet.datasets.storage.object_store import bucket_at
 from dreamfleet.datasets.storage.storage import Storage
 
 SETTLED_SECONDS = (
@@ -94,18 +95,14 @@ def stamps_of(folder: Storage) -> dict[str, str]:
             if status is not None and status.st_mtime < before:
                 found[path] = f"{status.st_size} {status.st_mtime_ns}"
         return found
-    bucket = Bucket(folder.scheme, folder.url.partition("://")[2].split("/", 1)[0])
 
     def find(fs: Any, key: str) -> dict[str, str]:
         try:
             entries = fs.find(key, detail=True)
         except FileNotFoundError:
             return {}
-        return {f"{folder.scheme}://{name}": str(tag) for name, one in entries.items() if (tag := _tag(one))}
+        return {
+            f"{folder.scheme}://{name}": stamp for name, one in entries.items() if (stamp := stamp_of(one))
+        }
 
-    return bucket.run("list", folder.url, find)
-
-
-def _tag(entry: dict[str, Any]) -> str:
-    tag = entry.get("ETag") or entry.get("etag")
-    return f"{entry['size']} {tag}" if tag else ""
+    return bucket_at(folder.url).run("list", folder.url, find)

@@ -63,10 +63,14 @@ def bucket_versions(file_system: Any, key: str) -> dict[str, str]:
     return {entry["name"][start:]: _version(entry) for entry in entries if _is_file(entry)}
 
 
+def stamp_of(entry: dict[str, Any]) -> str:
+    """Return the size and ETag of a listed object, which change with its content; "" without an ETag."""
+    tag = entry.get("ETag") or entry.get("etag")  # by s3fs, and by gcsfs
+    return f"{entry['size']} {tag}" if tag else ""
+
+
 def _version(entry: dict[str, Any]) -> str:
-    # s3fs calls it ETag, gcsfs etag; after a conversion by fsspec only the time of the last change may be left.
-    tag = entry.get("ETag") or entry.get("etag") or entry.get("LastModified") or entry.get("updated")
-    return f"{entry['size']} {tag}"
+    return stamp_of(entry) or f"{entry['size']} {entry.get('LastModified') or entry.get('updated')}"
 
 
 def _is_file(entry: dict[str, Any]) -> bool:

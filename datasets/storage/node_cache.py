@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.storage.bucket_keys import bucket_versions
-from dreamfleet.datasets.storage.object_store import Bucket
+from dreamfleet.datasets.storage.object_store import bucket_at
 from dreamfleet.datasets.storage.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def _home(storage: Storage) -> Path | None:
 
 def _cached(storage: Storage, home: Path) -> Path:
     """Return the path of the copy of the present version, which is downloaded first if necessary."""
-    bucket = Bucket(storage.scheme, storage.url.partition("://")[2].split("/", 1)[0])
+    bucket = bucket_at(storage.url)
     versions = bucket.run("read", storage.url, bucket_versions)
     text = "\n".join(f"{name}\0{version}" for name, version in sorted(versions.items()))
     entry = home / hashlib.sha256(text.encode()).hexdigest()[:32]

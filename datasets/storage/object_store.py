@@ -156,12 +156,16 @@ class Bucket:
             return False
 
 
+def bucket_at(address: str) -> Bucket:
+    """Return a connection, which is opened at the first request, to the bucket that an address names."""
+    scheme, url = parse_address(address)
+    return Bucket(scheme, url.partition("://")[2].split("/", 1)[0])
+
+
 def is_failing(address: str) -> bool:
     """Return whether the last request to the server of a bucket address failed, and is being tried again."""
-    scheme, url = parse_address(address)
-    if scheme == "s3":
-        return OUTAGES.is_open(_s3_server())
-    return OUTAGES.is_open(f"{scheme}://{url.partition('://')[2].split('/', 1)[0]}")
+    bucket = bucket_at(address)
+    return OUTAGES.is_open(_s3_server() if bucket.scheme == "s3" else bucket._own_server)
 
 
 def is_address(text: str) -> bool:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pyarrow as pa
 
 from dreamfleet.datasets.storage.disk import explain_errors
-from dreamfleet.datasets.storage.object_store import Bucket
+from dreamfleet.datasets.storage.object_store import Bucket, bucket_at
 from dreamfleet.datasets.storage.storage import Storage
 
 
@@ -23,8 +23,7 @@ def open_ranges(storage: Storage, rel: str, *, size: int) -> Iterator[pa.NativeF
         with mapped:
             yield mapped
         return
-    bucket = Bucket(storage.scheme, path.partition("://")[2].split("/", 1)[0])
-    with pa.PythonFile(_Ranges(bucket, path, size), mode="r") as file:
+    with pa.PythonFile(_Ranges(bucket_at(path), path, size), mode="r") as file:
         yield file
 
 

@@ -33,7 +33,7 @@ from dreamfleet.datasets.storage.disk import (
     tree_size,
     walk,
 )
-from dreamfleet.datasets.storage.object_store import Bucket, parse_address
+from dreamfleet.datasets.storage.object_store import Bucket, bucket_at, parse_address
 
 T = TypeVar("T")
 Check = Callable[[bool], None]
@@ -317,7 +317,7 @@ class Storage:
     ) -> T:
         """Run `action(file system, key)` with the bucket's retries and error messages."""
         if self._connection is None:
-            self._connection = Bucket(self.scheme, self.url.partition("://")[2].split("/", 1)[0])
+            self._connection = bucket_at(self.url)
         return self._connection.run(verb, self.path(rel), action, is_guarded=is_guarded)
 
     def _change(self, verb: str, rel: str, action: Callable[[Any, str], T], *, fresh: bool = True) -> T:

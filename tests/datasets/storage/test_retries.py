@@ -136,22 +136,23 @@ def say_nothing(handler: Handler) -> None:
     time.sleep(30)
 
 
-def break_off(handler: Handler) -> None:
+def begin(handler: Handler) -> None:
+    """Send the header and the first bytes of the content."""
     handler.send_response(200)
     handler.send_header("Content-Length", str(len(CONTENT)))
     handler.end_headers()
     handler.wfile.write(CONTENT[:3])
     handler.wfile.flush()
+
+
+def break_off(handler: Handler) -> None:
+    begin(handler)
     hang_up(handler)
 
 
 def reset(handler: Handler) -> None:
     """Reset the connection in the middle of the content, as the end of a server process does."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(CONTENT)))
-    handler.end_headers()
-    handler.wfile.write(CONTENT[:3])
-    handler.wfile.flush()
+    begin(handler)
     time.sleep(0.05)
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     os.close(handler.connection.detach())
@@ -159,11 +160,7 @@ def reset(handler: Handler) -> None:
 
 
 def stall(handler: Handler) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(CONTENT)))
-    handler.end_headers()
-    handler.wfile.write(CONTENT[:3])
-    handler.wfile.flush()
+    begin(handler)
     time.sleep(30)
 
 
