@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from typer.testing import CliRunner, Result
 
@@ -52,19 +48,3 @@ def process_of(job_id: str, module: str) -> int:
         if f"\0{module}\0train".encode() in command and job_id.encode() in variables:
             return int(process.name)
     raise AssertionError(f"{job_id} has no process of {module}")
-
-
-def free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in held]
-    for each in held:
-        each.close()
-    return ports
-
-
-def wait_until(ready: Any, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not ready():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the head did not start: {log.read_text()[-3000:]}")
-        time.sleep(0.5)

@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +80,8 @@ def ray_head(
     ]  # fmt: skip
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        process = stack.enter_context(_running(first, variables, folder / "head.log"))
-        _wait_until(lambda: head.answers(nodes=1), process, folder / "head.log")
+        process = stack.enter_context(running(first, variables, folder / "head.log"))
+        wait_until(lambda: head.answers(nodes=1), process, folder / "head.log")
         for number in range(1, nodes):
             more = [
                 *start,
@@ -90,9 +90,9 @@ def ray_head(
                 *agent_ports(),
             ]
             log = folder / f"node-{number}.log"
-            process = stack.enter_context(_running(more, variables, log))
+            process = stack.enter_context(running(more, variables, log))
             joined = number + 1
-            _wait_until(lambda joined=joined: head.answers(nodes=joined), process, log)
+            wait_until(lambda joined=joined: head.answers(nodes=joined), process, log)
         yield head
 
 
@@ -118,9 +118,10 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def _running(
-    command: list[str], environment: Mapping[str, str], log: Path
+def running(
+    command: Sequence[str | os.PathLike[str]], environment: Mapping[str, str], log: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a node's process within this context; its output goes to ``log``."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env=dict(environment), stdout=output, stderr=output, start_new_session=True
@@ -136,9 +137,11 @@ def _running(
                 continue
 
 
-def _wait_until(ready: object, process: subprocess.Popen[bytes], log: Path) -> None:
-    assert callable(ready)
-    deadline = time.monotonic() + START_SECONDS
+def wait_until(
+    ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, *, seconds: float = START_SECONDS
+) -> None:
+    """Wait until a node is ready. Raises RuntimeError if its process ends before, or after ``seconds``."""
+    deadline = time.monotonic() + seconds
     while not ready():
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"a node did not start: {log.read_text()[-3000:]}")

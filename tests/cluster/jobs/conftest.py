@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import uuid
@@ -14,9 +12,12 @@ from pathlib import Path
 
 import pytest
 from planted import SECRETS
-from ray_head import Head, free_ports, wait_until
+from ray_head import Head
+from ray_heads import free_ports, running, wait_until
 
 from dreamfleet.trainers.driver import session
+
+START_SECONDS = 120
 
 
 @pytest.fixture(scope="session")
@@ -44,20 +45,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "--min-worker-port=0", "--max-worker-port=0",
     ]  # fmt: skip
     log = Path(folder) / "start.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
     try:
-        wait_until(head.answers, process, log)
-        yield head
+        with running(command, environment, log) as process:
+            wait_until(head.answers, process, log, seconds=START_SECONDS)
+            yield head
     finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(process.pid, number)  # the workers end together with Ray's other processes
-                process.wait(timeout=5)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
         shutil.rmtree(folder, ignore_errors=True)
 
 
