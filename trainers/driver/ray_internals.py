@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray._private.state import state as _cluster_state
 from ray.train.torch.config import TorchConfig, _TorchBackend
@@ -35,6 +35,8 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dreamfleet.trainers.distributed.internals import Internal
 
 __all__ = [
     "ElasticScalingPolicy",
@@ -69,14 +71,6 @@ __all__ = [
 _GROUP = "ray.train.v2._internal.execution.worker_group:WorkerGroup"
 _CONTROLLER = "ray.train.v2._internal.execution.controller.controller:TrainController"
 _TRAINER = "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer"
-
-
-class Internal(NamedTuple):
-    """An attribute of a class of Ray Train; ``parameters`` are those of a method, without ``self``."""
-
-    owner: str  # "module:class"
-    name: str
-    parameters: tuple[str, ...] | None = None
 
 
 #: What the subclasses of Ray Train's classes in this package use or replace

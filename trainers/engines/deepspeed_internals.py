@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
+
+from dreamfleet.trainers.distributed.internals import Internal
 
 _STAGE_2 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 _STAGE_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
@@ -21,14 +23,6 @@ _SCALER = "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler"
 _PARAMETER = "deepspeed.runtime.zero.partition_parameters:Init"
 _ACCELERATOR = "deepspeed.accelerator.abstract_accelerator:DeepSpeedAccelerator"
 _BUILDER = "deepspeed.ops.op_builder.builder:OpBuilder"
-
-
-class Internal(NamedTuple):
-    """An attribute of a DeepSpeed class or module; ``parameters`` are those of a method, without ``self``."""
-
-    owner: str  # "module:class"
-    name: str
-    parameters: tuple[str, ...] | None = None
 
 
 INTERNALS = (

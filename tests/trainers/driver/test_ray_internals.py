@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from dreamfleet.trainers.driver.ray_internals import INTERNALS, Internal
+from dreamfleet.trainers.distributed.internals import Internal
+from dreamfleet.trainers.driver.ray_internals import INTERNALS
 
 DRIVER = Path(__file__).parents[3] / "trainers/driver"
 

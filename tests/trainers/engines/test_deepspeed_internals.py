@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from dreamfleet.trainers.engines.deepspeed_internals import INTERNALS, Internal
+from dreamfleet.trainers.distributed.internals import Internal
+from dreamfleet.trainers.engines.deepspeed_internals import INTERNALS
 
 deepspeed = pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[3]
