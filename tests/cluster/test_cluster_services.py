@@ -217,7 +217,7 @@ def ray_state(head: RayHead) -> str:
         for kind in ("actors", "tasks", "workers", "nodes", "runtime_envs")
     ]
     found = [
-        ask(head, path) for path in (*paths, "api/jobs/", "api/v0/placement_groups", "nodes?view=details")
+        ask(head, path) for path in (*paths, "api/jobs/", "api/v0/placement_groups", "nodes?view=summary")
     ]
     return "\n".join(found)
 
