@@ -24,7 +24,7 @@ from dreamfleet.trainers.engines.zero_setup import (
     stdout_to_stderr,
     zero_config,
 )
-from dreamfleet.trainers.engines.zero_shards import MOMENTS, Shards, owners
+from dreamfleet.trainers.engines.zero_shards import Shards, owners
 from dreamfleet.trainers.methods.base import Batch, Loss, Method, check_fits
 from dreamfleet.trainers.optim.ema import Ema, saved_average
 from dreamfleet.trainers.optim.optimizers import make_optimizer
@@ -110,6 +110,9 @@ class ZeroEngine(ZeroSpec, Engine):
             largest=max(param.numel() for param in model.parameters()),
             swap_folder=str(self.folder.path) if self.folder is not None else None,
         )
+        config[
+            "zero_allow_untested_optimizer"
+        ] = not optimizer.kind.offloads  # DeepSpeed knows its own and torch's
         with stdout_to_stderr(), step_timeouts(), internals.flattens_on_host():
             if self.stage == 3:
                 self._shard(model, config)
@@ -119,7 +122,9 @@ class ZeroEngine(ZeroSpec, Engine):
             # The text encoder also uses an embedding's vectors outside of the method's own forward pass.
             self.deepspeed.zero.register_external_parameter(model, param)
         kind = SwappedShards if self.config.offload_optimizer_device == "nvme" else Shards
-        self.shards = kind(self.engine, self.params, self.optimizer, stage=self.stage)
+        self.shards = kind(
+            self.engine, self.params, self.optimizer, stage=self.stage, moments=optimizer.kind.moments
+        )
         if rounds:
             for name, param in self.params.items():
                 self.shards.put(name, exact.pop(param))
@@ -180,7 +185,7 @@ class ZeroEngine(ZeroSpec, Engine):
         moments: dict[int, dict[str, Any]] = {}
         if steps := self.shards.steps:  # there are no moments before the first step
             moments = {number: {"step": torch.tensor(steps)} for number in range(len(self.params))}
-            for moment in MOMENTS:
+            for moment in self.shards.moments:
                 with self.shards.showing(moment):
                     for number, value in enumerate(self._collect().values()):
                         moments[number][moment] = value
@@ -273,7 +278,7 @@ class ZeroEngine(ZeroSpec, Engine):
         self.shards.make_moments(
             lambda flat: int(steps) if self.offloads else torch.tensor(steps, device=flat.device)
         )
-        for moment in MOMENTS:
+        for moment in self.shards.moments:
             with self.shards.showing(moment):
                 for number, name in enumerate(self.params):
                     self.shards.put(name, saved[number][moment])
