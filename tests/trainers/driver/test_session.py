@@ -349,7 +349,7 @@ def two_machines() -> Iterator[str]:
 @pytest.mark.cluster
 def test_a_machine_that_is_lost_while_it_is_asked_is_left_out(tmp_path: Path, two_machines: str) -> None:
     """Test this with a node that Ray does not have; while it still counts as living it is an error."""
-    lost = Node("f" * 56, "10.0.0.9", {"CPU": 1.0})
+    lost = Node("ab" * 28, "10.0.0.9", {"CPU": 1.0})
 
     class Shrinking(RaySession):
         asked = 0
