@@ -84,11 +84,7 @@ class ZeroEngine(ZeroSpec, Engine):
         plain = make_optimizer(self.groups, optimizer)
         self.saved_groups = plain.state_dict()["param_groups"]
         self.optimizer = make_cpu_adam(plain) if self.offloads else plain
-        if swaps:
-            build_swapping()
-        self.folder = SwapFolder(self.config.nvme_path or "") if swaps else None
-        if self.folder is not None:
-            self.resources.callback(self.folder.close)
+        self.folder = self._open_swap_folder() if swaps else None
         # DeepSpeed's 16-bit modes round all weights of the module, and take the float32 weights from the rounded ones.
         rounds = self.stage > 0 and self.dtype != torch.float32
         # Rounding creates new tensors, so the exact weights can be kept without a copy.
@@ -212,6 +208,12 @@ class ZeroEngine(ZeroSpec, Engine):
                     self.shards.put(name, average[name])
         if self.dtype == torch.float16 and "scaler" in state:
             self._load_scaler(state["scaler"])
+
+    def _open_swap_folder(self) -> SwapFolder:
+        build_swapping()
+        folder = SwapFolder(self.config.nvme_path or "")
+        self.resources.callback(folder.close)
+        return folder
 
     def _shard(self, model: nn.Module, config: dict[str, Any]) -> None:
         """Cast and shard the weights one at a time, so that the GPU need not hold all of them."""

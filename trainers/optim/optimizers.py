@@ -25,7 +25,7 @@ def make_optimizer(groups: list[ParamGroup], config: OptimizerConfig) -> torch.o
     groups = [group for group in groups if group.params]
     params = [{"params": list(group.params.values()), "name": group.name} for group in groups]
     options = config.own_options().with_rates(
-        {group.name: (rate_of(group.name, config), group.scale) for group in groups}
+        {group.name: (_rate_of_group(group, config), group.scale) for group in groups}
     )
     made: torch.optim.Optimizer = resolve(config.kind.build)(params, options)
     return made
@@ -67,9 +67,13 @@ def make_rates(
         base_rate=1.0 if isinstance(config.learning_rate, str) else config.learning_rate * scale_all,
     )
     return {
-        group.name: _scaled(make_rate(rate_of(group.name, config), multiplier), group.scale * scale_all)
+        group.name: _scaled(make_rate(_rate_of_group(group, config), multiplier), group.scale * scale_all)
         for group in groups
     }
+
+
+def _rate_of_group(group: ParamGroup, config: OptimizerConfig) -> float | str:
+    return rate_of(group.name, config)
 
 
 def rate_of(group: str, config: OptimizerConfig) -> float | str:

@@ -88,5 +88,5 @@ def test_an_installed_package_adds_an_optimizer(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert page.returncode == 0, page.stderr
-    assert "| `nadam` |" in page.stdout and "momentum_decay" in page.stdout
+    assert "| `nadam` |" in page.stdout and "| `momentum_decay` |" in page.stdout
     assert page.stdout.endswith("nadam\n")
