@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
+from dreamfleet.trainers.config.engine import EngineConfig
+from dreamfleet.trainers.config.engines import engine_name, engine_spec
 from dreamfleet.trainers.config.layer_rates import LayerRates
 from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 
@@ -113,6 +115,14 @@ class WeightsConfig(MethodConfig):
         if used:
             return f"with {used[0]} changes a LoRA between its matrices, which a pack multiplies at once"
         return super().unpackable
+
+    def refused_by_engine(self, engine: EngineConfig) -> str | None:
+        if self.scale_weight_norms is not None and engine_name(engine) != "torch":
+            return (
+                f"method.scale_weight_norms: {engine_spec(engine).setting(engine)} shards the weights, which then "
+                "cannot be scaled between steps; leave it out, or train with plain torch (engine.name: torch)"
+            )
+        return None
 
     @property
     def has_dropout(self) -> bool:
