@@ -73,7 +73,7 @@ def make_rates(
 
 
 def _rate_of_group(group: ParamGroup, config: OptimizerConfig) -> float | str:
-    return rate_of(group.name, config)
+    return rate_of(group.rates_of or group.name, config) if group.rate is None else group.rate
 
 
 def rate_of(group: str, config: OptimizerConfig) -> float | str:
