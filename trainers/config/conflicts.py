@@ -34,7 +34,7 @@ def find_conflicts(
     """Return an error for each combination of settings that cannot run, with the remedy."""
     sections = {"method": method, "data": data, "train": train, "optimizer": optimizer, "engine": engine}
     found = _engine_conflicts(engine, {**sections, "validation": validation, "scaling": scaling})
-    found += find_optimizer_conflicts(optimizer, engine)
+    found += find_optimizer_conflicts(optimizer, engine, method)
     if engine.offload_param_device == "nvme" and train.mixed_precision == "no":
         found.append(
             "engine.offload_param_device: nvme keeps weights in 16 bits; set train.mixed_precision: bf16, or "

@@ -6,13 +6,16 @@ from pydantic import ValidationError
 
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import engine_name, engine_spec
+from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.config.optimizers import sharded_names
 from dreamfleet.trainers.config.validation_errors import explain
 
 
-def find_optimizer_conflicts(optimizer: OptimizerConfig, engine: EngineConfig) -> list[str]:
-    """Return an error for each wrong option of the optimizer, and for each setting of the engine that it lacks."""
+def find_optimizer_conflicts(
+    optimizer: OptimizerConfig, engine: EngineConfig, method: MethodConfig
+) -> list[str]:
+    """Return an error for each wrong option of the optimizer, and for each setting that it does not support."""
     kind, setting = optimizer.kind, f"optimizer.name: {optimizer.name}"
     try:
         optimizer.own_options()
@@ -28,6 +31,11 @@ def find_optimizer_conflicts(optimizer: OptimizerConfig, engine: EngineConfig) -
         found.append(
             f"engine.channels_last cannot be combined with {setting}, whose first step changes the memory format of "
             "every weight; set channels_last: false, or use adamw"
+        )
+    if kind.average is not None and getattr(method, "scale_weight_norms", None) is not None:
+        found.append(
+            f"{setting} averages the weights, and method.scale_weight_norms would limit the trained ones only; leave "
+            "scale_weight_norms out"
         )
     if engine_name(engine) == "zero":
         by = engine_spec(engine).setting(engine)

@@ -77,14 +77,13 @@ class ZeroEngine(ZeroSpec, Engine):
             )
         self.stage: int = self.config.zero_stage
         self.offloads = self.config.offload_optimizer_device != "none"
-        swaps = "nvme" in (self.config.offload_optimizer_device, self.config.offload_param_device)
         self.shapes = {name: param.shape for name, param in self.params.items()}
         self.deepspeed = import_deepspeed(self.device)
         self.resources.enter_context(lone_group(self.device, destroy=destroy_group))
         plain = make_optimizer(self.groups, optimizer)
         self.saved_groups = plain.state_dict()["param_groups"]
         self.optimizer = make_cpu_adam(plain) if self.offloads else plain
-        self.folder = self._open_swap_folder() if swaps else None
+        self.folder = self._open_swap_folder()
         # DeepSpeed's 16-bit modes round all weights of the module, and take the float32 weights from the rounded ones.
         rounds = self.stage > 0 and self.dtype != torch.float32
         # Rounding creates new tensors, so the exact weights can be kept without a copy.
@@ -209,7 +208,9 @@ class ZeroEngine(ZeroSpec, Engine):
         if self.dtype == torch.float16 and "scaler" in state:
             self._load_scaler(state["scaler"])
 
-    def _open_swap_folder(self) -> SwapFolder:
+    def _open_swap_folder(self) -> SwapFolder | None:
+        if "nvme" not in (self.config.offload_optimizer_device, self.config.offload_param_device):
+            return None
         build_swapping()
         folder = SwapFolder(self.config.nvme_path or "")
         self.resources.callback(folder.close)

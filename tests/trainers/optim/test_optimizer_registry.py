@@ -260,6 +260,8 @@ def test_unsupported_engines_are_refused_with_a_remedy(name: str) -> None:
         assert kind.moments or "engine.zero_stage: auto" in found
     offload = {"zero_stage": 2, "offload_optimizer_device": "cpu"}
     assert bool(errors(engine=offload)) is not kind.offloads
+    normed = errors(method={"name": "dreambooth", "lora_rank": 4, "scale_weight_norms": 1.0})
+    assert bool(normed) is (kind.average is not None)
     fused = errors(optimizer={"fused_backward": True, "max_grad_norm": 0})
     assert not fused if kind.steps_alone else "fused_backward: false" in fused
 
