@@ -54,13 +54,17 @@ def test_a_run_killed_by_sigkill_equals_an_uninterrupted_one(tmp_path: Path) -> 
     run_worker(build_recipe(straight))
     path = tiny.write_recipe(tmp_path / "killed.yaml", killed)
     script = (
-        "import os, signal, sys\n"
+        "import os, signal, sys, time\n"
+        "from dreamfleet.datasets.storage.storage import Storage\n"
+        "from dreamfleet.trainers.run.checkpoint import Checkpoints\n"
         "from dreamfleet.trainers.recipe import load_recipe\n"
         "from dreamfleet.trainers.run.run import run_worker\n"
         "polls = iter(range(99))\n"
+        f"checkpoints = Checkpoints(Storage({killed['output_dir']!r}))\n"
         "def kill():\n"
-        "    if next(polls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return False\n"
+        "    if next(polls) < 3: return False\n"
+        "    while checkpoints.steps() != [2]: time.sleep(0.01)\n"  # saves are written in the background
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
         f"run_worker(load_recipe({str(path)!r}), should_stop=kill)\n"
     )
     # As many threads as in this process: the summation order of a matrix product depends on the number.
