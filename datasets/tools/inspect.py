@@ -82,8 +82,7 @@ def survey(
     facts = list(examine_all(rows, data.max_pixels, progress))
     sizes = training_sizes(sets.instances.sizes(), data)
     scales, losses = _scales_and_losses(rows, sizes)
-    uses = [data.for_set(concept).use_captions for concept in sets.concepts]
-    captions = [row.caption for row in rows if row.caption and uses[row.concept]]
+    captions = _used_captions(rows, data, sets)
     lengths = [max(count_tokens(line) for line in caption.splitlines()) for caption in captions]
     found = Survey(
         pictures=len(rows),
@@ -145,6 +144,11 @@ def _scales_and_losses(rows: Sequence[Row], sizes: Sequence[Size]) -> tuple[list
         for (row, size), scale in zip(pairs, scales, strict=True)
     ]
     return scales, losses
+
+
+def _used_captions(rows: Sequence[Row], data: DataConfig, sets: Sets) -> list[str]:
+    uses = [data.for_set(concept).use_captions for concept in sets.concepts]
+    return [row.caption for row in rows if row.caption and uses[row.concept]]
 
 
 def _has_caption(row: Row, data: DataConfig, sets: Sets) -> bool:
