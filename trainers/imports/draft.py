@@ -108,7 +108,9 @@ class Draft:
         if (problem := _problem(self.fields[found.path], value)) is not None:
             if not is_default:
                 reason = f"{found.path} cannot be {value!r} ({problem}); it stays {self.get(found.path)!r}"
-                self.leave(source, value if shown is None else shown, Effect.CHANGES, reason)
+                # A rate that suits one optimizer, such as Prodigy's 1, may ruin a training with another.
+                effect = Effect.BLOCKS if found.path == "optimizer.name" else Effect.CHANGES
+                self.leave(source, value if shown is None else shown, effect, reason)
             return
         before = self.lines.get(found.path)
         if is_default and (before is not None or value == self.ours.get(found.path)):

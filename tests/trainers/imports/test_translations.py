@@ -170,6 +170,22 @@ def test_contradictory_settings_are_an_error(tmp_path: Path, text: str, message:
         imported(tmp_path, ("a.toml", "network_dim = 4\ntrain_data_dir = 'img'\n" + text))
 
 
+def test_optimizer_that_does_not_exist_blocks(tmp_path: Path) -> None:
+    name, text = trainer_configs.KOHYA
+    found = imported(tmp_path, (name, text.replace("--optimizer_type=AdamW", "--optimizer_type=DAdaptSGD")))
+    assert [entry.key for entry in found.blocking] == ["optimizer_type"]
+    assert "it stays 'adamw'" in found.blocking[0].reason
+
+
+def test_losses_and_noise_keep_their_values(tmp_path: Path) -> None:
+    name, text = trainer_configs.KOHYA
+    more = "--loss_type=huber --huber_c=0.2 --ip_noise_gamma=0.1 --multires_noise_iterations=6 --max_timestep=900"
+    recipe = values(imported(tmp_path, (name, text.rstrip() + f" {more} --network_dropout=0.1\n")))
+    assert recipe["train.loss_type"] == "huber" and recipe["train.huber_c"] == 0.2
+    assert recipe["train.ip_noise_gamma"] == 0.1 and recipe["train.multires_noise_iterations"] == 6
+    assert recipe["train.max_timestep"] == 900 and recipe["method.neuron_dropout"] == 0.1
+
+
 def test_half_a_config_blocks_but_gives_a_recipe(tmp_path: Path) -> None:
     preset = '{"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "base_model_name": "a/b", "epochs": 2}'
     found = imported(tmp_path, ("preset.json", preset))

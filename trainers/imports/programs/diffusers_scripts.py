@@ -117,11 +117,11 @@ RULES: Table = {
     **changes(
         "prompts have 75, 150 or 225 tokens: model.max_token_length", "tokenizer_max_length", off=(77,)
     ),
-    "timestep_bias_strategy": To("train.timestep_bias_strategy", off=("none",)),
-    **joined("only with timestep_bias_strategy", "train.timestep_bias_strategy", "timestep_bias_multiplier"),
-    **joined("only with timestep_bias_strategy", "train.timestep_bias_strategy", "timestep_bias_begin"),
-    **joined("only with timestep_bias_strategy", "train.timestep_bias_strategy", "timestep_bias_end"),
-    **joined("only with timestep_bias_strategy", "train.timestep_bias_strategy", "timestep_bias_portion"),
+    "timestep_bias_strategy": To("train.timestep_sampling", off=("none",)),
+    "timestep_bias_multiplier": To("train.timestep_bias_multiplier"),
+    "timestep_bias_begin": To("train.timestep_bias_begin"),
+    "timestep_bias_end": To("train.timestep_bias_end"),
+    "timestep_bias_portion": To("train.timestep_bias_portion"),
     **changes("the optimizer has no such option here", "prodigy_beta3"),
     **ignored(
         "is on here as well", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"

@@ -26,6 +26,7 @@ from dreamfleet.trainers.imports.rules import (
     to,
 )
 
+_BLOCKS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 _OTHER_MODEL = "is of models that are not trained here (SD 3, Flux and others)"
 _MODEL: Table = {
     **to("model", "pretrained_model_name_or_path"),
@@ -87,10 +88,11 @@ _LOSS: Table = {
     "loss_type": To("train.loss_type", off=("l2",)),
     **joined("only with huber and smooth_l1", ("train.huber_schedule",), "huber_schedule"),
     **joined("only with huber and smooth_l1", ("train.huber_c",), "huber_c"),
-    **changes("the threshold of the Huber loss is huber_c", "huber_scale", off=(1, 1.0)),
+    "huber_scale": To("train.huber_scale", off=(1, 1.0)),
     "debiased_estimation_loss": To("train.debiased_estimation_loss", off=(False,)),
     "scale_v_pred_loss_like_noise_pred": To("train.scale_v_pred_loss_like_noise_pred", off=(False,)),
-    **changes("there is no such weight of the loss", "v_pred_like_loss", "adaptive_noise_scale"),
+    "v_pred_like_loss": To("train.v_pred_like_loss", off=(0, 0.0)),
+    **changes("noise_offset has the same strength for all images", "adaptive_noise_scale"),
     **changes("emphasis in captions is not read: captions are plain text", "weighted_captions"),
     **ignored(_OTHER_MODEL, "weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
     **joined("of the class images' loss", "method.prior_loss_weight", "prior_loss_weight"),
@@ -130,7 +132,7 @@ _OPTIMIZER: Table = {
         "there is no such schedule: optimizer.lr_scheduler", "lr_decay_steps", "lr_scheduler_timescale"
     ),
     **changes("there is no such schedule: optimizer.lr_scheduler", "lr_scheduler_min_lr_ratio"),
-    "block_lr": To("optimizer.block_lr", off=("",)),
+    "block_lr": To("method.block_lr", off=("",)),
     **ignored(SPEED, "fused_optimizer_groups"),
 }
 
@@ -143,17 +145,15 @@ _NETWORK: Table = {
     **joined("-1 trains no text encoder", "method.train_text_encoder", "stop_text_encoder_training"),
     **joined("layers of the LoRA: locon", "method.lora_target_modules", "network_args.conv_dim"),
     **joined("as network_alpha, for convolutions", "method.lora_alpha", "network_args.conv_alpha"),
-    "network_dropout": To(
-        "method.lora_dropout",
-        off=(0,),
-        note="of the values between the two matrices there, of the input here",
-    ),
-    "network_args.dropout": To("method.lora_dropout", off=(0,)),
+    "network_dropout": To("method.neuron_dropout", off=(0,)),
+    "network_args.dropout": To("method.neuron_dropout", off=(0,)),
     "network_args.rank_dropout": To("method.rank_dropout", off=(0,)),
     "network_args.module_dropout": To("method.module_dropout", off=(0,)),
     "scale_weight_norms": To("method.scale_weight_norms", off=(0,)),
-    "network_args.loraplus_lr_ratio": To("optimizer.loraplus_lr_ratio", off=(0,)),
-    "network_args.loraplus_unet_lr_ratio": To("optimizer.loraplus_lr_ratio", off=(0,)),
+    "network_args.loraplus_lr_ratio": To("method.loraplus_lr_ratio", off=(0,)),
+    "network_args.loraplus_unet_lr_ratio": To("method.loraplus_unet_lr_ratio", off=(0,)),
+    "network_args.loraplus_text_encoder_lr_ratio": To("method.loraplus_text_encoder_lr_ratio", off=(0,)),
+    **{f"network_args.{name}": To(f"method.{name}", off=("",)) for name in _BLOCKS},
     **changes("the U-Net is always trained", "network_train_text_encoder_only"),
     **changes(
         "training starts from the base model", "network_weights", "base_weights", "base_weights_multiplier"

@@ -172,6 +172,10 @@ class OneTrainer(Importer):
             draft.put("train.debiased_estimation_loss", True, source="loss_weight_fn", shown=weight)
         elif weight != "CONSTANT":
             draft.leave("loss_weight_fn", weight, Effect.CHANGES, "there is no such weight of the loss")
+        if draft.get("train.timestep_sampling") == "logit_normal":
+            draft.put("train.logit_mean", number(settings.get("noising_bias", 0)), source="noising_bias")
+            width = number(settings.get("noising_weight", 0)) + 1
+            draft.put("train.logit_std", width, source="noising_weight", note="1 is added there")
         strengths = {"mse": 1.0, "mae": 0.0, "huber": 0.0}
         given = {
             name: number(settings.get(f"{name}_strength", default)) for name, default in strengths.items()

@@ -108,10 +108,14 @@ _LOSS: Table = {
     ),
     "timestep_distribution": To(
         "train.timestep_sampling",
-        choice({"UNIFORM": "uniform", "LOGIT_NORMAL": "logit_normal", "COS_MAP": "cosmap"}),
+        choice(
+            {"UNIFORM": "uniform", "LOGIT_NORMAL": "logit_normal", "COS_MAP": "cosmap"},
+            otherwise="there is no such distribution of timesteps: train.timestep_sampling",
+        ),
         off=("UNIFORM",),
     ),
-    **changes("the shape of the timestep distribution is fixed", "noising_weight", "noising_bias"),
+    **joined("mean and width - 1, only for LOGIT_NORMAL", "train.logit_mean", "noising_bias"),
+    **joined("mean and width - 1, only for LOGIT_NORMAL", "train.logit_std", "noising_weight"),
     **ignored("only for flow matching", "timestep_shift", "dynamic_timestep_shifting"),
     "masked_training": To(
         "data.alpha_mask", off=(False,), note="masks are NAME.mask.png here, NAME-masklabel.png there"
