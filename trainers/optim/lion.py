@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dreamfleet.trainers.config.builtin_optimizers import LionOptions
 from dreamfleet.trainers.optim.param_group import split_by_size
@@ -37,6 +37,7 @@ class Lion(torch.optim.Optimizer):
                 self._step(part, group)
 
     def _step(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        weights: list[Tensor] = list(params)
         gradients = [param.grad for param in params if param.grad is not None]
         for param in params:
             if not self.state[param]:
@@ -51,6 +52,6 @@ class Lion(torch.optim.Optimizer):
         torch._foreach_add_(updates, gradients, alpha=1 - beta1)
         torch._foreach_sign_(updates)
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, updates, alpha=-group["lr"])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
         torch._foreach_lerp_(momenta, gradients, 1 - beta2)

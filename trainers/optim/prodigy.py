@@ -40,7 +40,7 @@ class Prodigy(prodigyopt.Prodigy):
         if not self.splits:
             super().step(closure)
             return
-        groups = self.param_groups
+        groups: list[dict[str, Any]] = self.param_groups  # type: ignore[has-type]  # of an untyped base class
         try:
             for group in groups:  # a group holds its own estimate
                 self.param_groups = [group]
