@@ -10,7 +10,7 @@ from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import RecipeError, ResourceError, UserError
 from dreamfleet.trainers.config.engine import EngineConfig
-from dreamfleet.trainers.config.engines import engine_name, engine_spec, find_refused
+from dreamfleet.trainers.config.engines import engine_spec, find_refused
 from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.metrics import METRICS, NEEDS
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
@@ -49,11 +49,8 @@ def find_conflicts(
             "data.enable_bucket cannot be combined with prior preservation: class images would need the sizes of their "
             "instance images; set enable_bucket: false, or method.with_prior_preservation: false"
         )
-    if getattr(method, "scale_weight_norms", None) is not None and engine_name(engine) != "torch":
-        found.append(
-            f"method.scale_weight_norms: {engine_spec(engine).setting(engine)} shards the weights, which then cannot "
-            "be scaled between steps; leave it out, or train with the engine torch (engine.zero_stage: 0)"
-        )
+    if reason := method.refused_by_engine(engine):
+        found.append(reason)
     found += _validation_conflicts(validation, train, scaling)
     fused = {
         f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (

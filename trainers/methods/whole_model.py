@@ -49,7 +49,12 @@ def learning_parts(model: DiffusionModel, config: WholeModelConfig) -> nn.Module
         }
         alpha = config.lora_alpha or config.lora_rank
         learning = add_adapters(
-            model, chosen, rank=config.lora_rank, alpha=alpha, dropout=config.lora_dropout
+            model,
+            chosen,
+            rank=config.lora_rank,
+            alpha=alpha,
+            dropout=config.lora_dropout,
+            use_dora=config.use_dora,
         )
         drop_hidden(model, config)
         return learning
