@@ -44,8 +44,9 @@ class RateByLayer:
         for section, weight in weights.items():
             factors = expand_factors(weight, counts[section])
             if factors is None:
+                given = len(weight) if isinstance(weight, list) else 1
                 raise RecipeError(
-                    f"method.{section}_lr_weight: {len(weight or ())} values, but {model.folder} has {counts[section]} "
+                    f"method.{section}_lr_weight: {given} values, but {model.folder} has {counts[section]} "
                     "such blocks; give as many, or one number"
                 )
             self._factors |= {(section, number): factor for number, factor in enumerate(factors)}

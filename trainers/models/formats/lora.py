@@ -97,9 +97,11 @@ def write_diffusers_lora(file: LoraFile, path: Path, *, dtype: torch.dtype = tor
     for layer, (down, up, alpha, magnitude) in file.layers.items():
         _require_finite(layer, (down, up), path)
         if magnitude is not None:
-            ones = [1] * (down.ndim - 2)  # peft's shape is [out], of convolutions [1, out, 1, 1]
+            # peft's shape is [out], of convolutions [1, out, 1, 1]. Without the end `.weight`, diffusers 0.42 leaves out
+            # the lengths of text encoders.
+            ones = [1] * (down.ndim - 2)
             shaped = magnitude.reshape(1, -1, *ones) if ones else magnitude
-            state[f"{layer}.lora_magnitude_vector"] = shaped.float().to(dtype)
+            state[f"{layer}.lora_magnitude_vector.weight"] = shaped.float().to(dtype)
         state[f"{layer}.lora_A.weight"] = down.float().to(dtype)
         state[f"{layer}.lora_B.weight"] = (up.float() * (alpha / down.shape[0])).to(dtype)
     write_safetensors(state, path, header=own_entries(file.metadata))
