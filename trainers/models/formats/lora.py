@@ -97,7 +97,7 @@ def write_diffusers_lora(file: LoraFile, path: Path, *, dtype: torch.dtype = tor
     for layer, (down, up, alpha, magnitude) in file.layers.items():
         _require_finite(layer, (down, up), path)
         if magnitude is not None:
-            # peft's shape is [out], of convolutions [1, out, 1, 1]. Without the end `.weight`, diffusers 0.42 leaves out
+            # peft's shape is [out], of convolutions [1, out, 1, 1]. Without `.weight`, diffusers 0.42 leaves out
             # the lengths of text encoders.
             ones = [1] * (down.ndim - 2)
             shaped = magnitude.reshape(1, -1, *ones) if ones else magnitude
