@@ -394,7 +394,7 @@ def can_read(content: bytes, path: Path) -> bool:
         found = read_lora(path)
     except UserError:
         return False
-    return all(up.shape[1] == down.shape[0] for down, up, _ in found.layers.values())
+    return all(up.shape[1] == down.shape[0] for down, up, *_ in found.layers.values())
 
 
 KEYS = st.sampled_from(
