@@ -35,6 +35,7 @@ def test_kohya_command_line(tmp_path: Path) -> None:
     assert recipe["method.name"] == "native"
     assert (recipe["method.lora_rank"], recipe["method.lora_alpha"]) == (8, 4)
     assert "ff.net.2" in recipe["method.lora_target_modules"]  # kohya's LoRA adapts more than attention
+    assert "q_proj" in recipe["method.lora_target_modules"]  # and the text encoder, trained by default
     assert recipe["method.train_text_encoder"] is True
     assert recipe["model.pretrained_model_name_or_path"] == "runwayml/stable-diffusion-v1-5"  # from $MODEL
     assert recipe["data.resolution"] == 512 and recipe["data.latent_sampling"] == "once"
@@ -93,6 +94,7 @@ def test_onetrainer(tmp_path: Path) -> None:
     assert recipe["train.num_train_epochs"] == 3 and recipe["data.repeats"] == 2
     assert recipe["model.clip_skip"] == 2  # one layer is skipped there
     assert recipe["optimizer.lr_scheduler"] == "constant_with_warmup"
+    assert "q_proj" not in recipe["method.lora_target_modules"]  # the text encoder is not trained
     assert recipe["optimizer.lr_warmup_steps"] == 5  # 10 batches, 2 of them for each optimizer step
     assert recipe["train.snr_gamma"] == 5.0 and recipe["method.lora_alpha"] == 1.0
     assert "changes results" in left(found, "perturbation_noise_weight")
@@ -104,6 +106,15 @@ def test_onetrainer_of_another_version_and_model(tmp_path: Path) -> None:
     assert "a newer format" in left(newer, "__version")
     with pytest.raises(UserError, match="FLUX_DEV_1 blocks the import; dreamfleet trains Stable Diffusion"):
         imported(tmp_path, (name, text.replace("STABLE_DIFFUSION_15", "FLUX_DEV_1")))
+
+
+def test_onetrainer_of_an_old_format(tmp_path: Path) -> None:
+    text = """{"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "base_model_name": "a/b",
+        "optimizer": "ADAMW", "optimizer_beta2": 0.98, "train_text_encoder": false, "unet_learning_rate": 2e-4,
+        "min_snr_gamma": 3, "epochs": 2}"""
+    recipe = values(imported(tmp_path, ("old.json", text)))
+    assert recipe["optimizer.adam_beta2"] == 0.98 and recipe["optimizer.learning_rate"] == 2e-4
+    assert "method.train_text_encoder" not in recipe and recipe["train.snr_gamma"] == 3
 
 
 def test_simpletuner_reads_its_backends(tmp_path: Path) -> None:

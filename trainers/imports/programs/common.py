@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dreamfleet.datasets.errors import UserError
@@ -44,12 +44,11 @@ _ADAM = {
     "eps": "adam_epsilon",
 }
 
-# The layers that kohya's LoRA adapts: linear layers and 1 x 1 convolutions of the transformer blocks, attention and MLP
-# of the text encoder.
-KOHYA_LAYERS = [
-    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-    *("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-]
+# The layers that kohya's LoRA adapts: in transformer blocks linear layers and 1 x 1 convolutions, in the text encoder
+# attention and MLP.
+BLOCK_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+_TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 def optimizer_name(value: Any) -> str:
@@ -98,6 +97,12 @@ def options_of(settings: Settings, prefix: str) -> dict[str, tuple[str, Any]]:
         for key, items in settings.items()
         if key.startswith(prefix)
     }
+
+
+def put_layers(draft: Draft, layers: Sequence[str], *, source: str, note: str) -> None:
+    """Write the layers of a LoRA in the U-Net, and if it is trained those of the text encoder."""
+    text = _TEXT_LAYERS if draft.get("method.train_text_encoder") else []
+    draft.put("method.lora_target_modules", [*layers, *text], source=source, note=note)
 
 
 def yes_is(value: Any) -> Any:

@@ -83,6 +83,7 @@ _TRAINING: Table = {
 }
 
 _LOSS: Table = {
+    **joined("of formats before 3", "train.snr_gamma", "min_snr_gamma"),
     **joined(
         "min-SNR with its gamma, or another weight",
         "train.snr_gamma",
