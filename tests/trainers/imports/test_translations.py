@@ -49,11 +49,11 @@ def test_kohya_command_line(tmp_path: Path) -> None:
 def test_kohya_folders_inherit_their_options(tmp_path: Path) -> None:
     found = imported(tmp_path, trainer_configs.KOHYA_TRAINING, trainer_configs.KOHYA_DATASET)
     recipe = values(found)
-    concepts = recipe["data.concepts_list"]
-    assert [concept["instance_prompt"] for concept in concepts] == ["sks cat", "a cat"]
-    assert concepts[0]["repeats"] == 5 and "repeats" not in concepts[1]
-    assert recipe["data.keep_tokens"] == 2  # the dataset's, over [general]'s 1
-    assert "those of the first are used" in left(found, "datasets.0.subsets.1.keep_tokens")
+    first, second = recipe["data.sets"]
+    assert (first["prompt"], second["prompt"]) == ("sks cat", "a cat")
+    assert first["repeats"] == 5 and "repeats" not in second
+    assert recipe["data.keep_tokens"] == 2 and "keep_tokens" not in first  # the dataset's, over [general]'s 1
+    assert second["keep_tokens"] == 3 and "caption_extension" not in second
     assert recipe["train.train_batch_size"] == 3
     defaults = {line.key for line in found.written_defaults}
     assert "method.lora_alpha" in defaults and recipe["method.lora_alpha"] == 1
@@ -98,6 +98,16 @@ def test_onetrainer(tmp_path: Path) -> None:
     assert recipe["optimizer.lr_warmup_steps"] == 5  # 10 batches, 2 of them for each optimizer step
     assert recipe["train.snr_gamma"] == 5.0 and recipe["method.lora_alpha"] == 1.0
     assert "changes results" in left(found, "perturbation_noise_weight")
+
+
+def test_folders_that_differ_are_no_contradiction(tmp_path: Path) -> None:
+    name, text = trainer_configs.ONETRAINER
+    two = text.replace(
+        '"concepts": [', '"concepts": [{"path": "other", "image": {"enable_random_flip": false}}, '
+    )
+    found = imported(tmp_path, (name, two))
+    assert values(found)["data.random_flip"] is False and len(values(found)["data.sets"]) == 2
+    assert "that of concepts.0" in left(found, "concepts.1.image.enable_random_flip")
 
 
 def test_onetrainer_of_another_version_and_model(tmp_path: Path) -> None:
@@ -159,7 +169,7 @@ def test_paths_of_another_machine_are_reported_and_mapped(tmp_path: Path) -> Non
     }
     found = imported(tmp_path, *configs, maps=[f"d:\\={tmp_path}/here"])
     assert dict(found.missing) == {"datasets.0.subsets.1.image_dir": f"{tmp_path}/here/cats/other"}
-    assert values(found)["data.concepts_list"][0]["instance_data_dir"] == f"{tmp_path}/here/cats/sks"
+    assert values(found)["data.sets"][0]["source"] == f"{tmp_path}/here/cats/sks"
     with pytest.raises(UserError, match="no path in the config begins with '/other'"):
         imported(tmp_path, *configs, maps=["/other=/x"])
     with pytest.raises(UserError, match="write OLD=NEW"):

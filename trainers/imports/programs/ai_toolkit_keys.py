@@ -55,7 +55,7 @@ RULES: Table = {
         "save.hf_private",
         "embedding.save_format",
     ),
-    **joined("folders of images", "data.concepts_list", "datasets.*.folder_path", "datasets.*.is_reg"),
+    **joined("folders of images", "data.sets", "datasets.*.folder_path", "datasets.*.is_reg"),
     **joined("uses of each image in an epoch", "data.repeats", "datasets.*.num_repeats"),
     **joined("several sizes at once there", "data.resolution", "datasets.*.resolution"),
     **joined("on by default there", "data.enable_bucket", "datasets.*.buckets"),
