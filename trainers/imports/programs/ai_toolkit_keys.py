@@ -38,7 +38,7 @@ RULES: Table = {
     ),
     **joined("scales by alpha / rank, as here; 1 by default there", "method.lora_alpha", "network.alpha"),
     **joined("layers of the LoRA: locon", "method.lora_target_modules", "network.conv", "network.conv_alpha"),
-    "network.dropout": To("method.lora_dropout", off=(0, 0.0)),
+    "network.dropout": To("method.neuron_dropout", off=(0, 0.0)),
     **changes("training starts from the base model", "network.pretrained_lora_path"),
     **ignored("is the same for the U-Net", "network.transformer_only", "network.lokr_full_rank"),
     **joined("the new word", "method.placeholder_token", "embedding.trigger"),

@@ -149,6 +149,7 @@ _NETWORK: Table = {
     "network_args.dropout": To("method.neuron_dropout", off=(0,)),
     "network_args.rank_dropout": To("method.rank_dropout", off=(0,)),
     "network_args.module_dropout": To("method.module_dropout", off=(0,)),
+    "network_args.dora_wd": To("method.use_dora", plain, off=(False,)),
     "scale_weight_norms": To("method.scale_weight_norms", off=(0,)),
     "network_args.loraplus_lr_ratio": To("method.loraplus_lr_ratio", off=(0,)),
     "network_args.loraplus_unet_lr_ratio": To("method.loraplus_unet_lr_ratio", off=(0,)),
