@@ -198,6 +198,17 @@ def test_optimizer_that_does_not_exist_blocks(tmp_path: Path) -> None:
     assert "it stays 'adamw'" in found.blocking[0].reason
 
 
+def test_options_of_an_optimizer(tmp_path: Path) -> None:
+    name, text = trainer_configs.KOHYA
+    text = text.replace("--optimizer_type=AdamW ", "--optimizer_type=Prodigy ").replace(
+        '"weight_decay=0.1"', "d_coef=2 foo=1"
+    )
+    found = imported(tmp_path, (name, text))
+    assert values(found)["optimizer.name"] == "prodigy" and not found.blocking
+    assert values(found)["optimizer.options"] == {"d_coef": 2, "betas": [0.9, 0.99], "weight_decay": 0.0}
+    assert "there is no such option" in left(found, "optimizer_args.foo")
+
+
 def test_losses_and_noise_keep_their_values(tmp_path: Path) -> None:
     name, text = trainer_configs.KOHYA
     more = "--loss_type=huber --huber_c=0.2 --ip_noise_gamma=0.1 --multires_noise_iterations=6 --max_timestep=900"

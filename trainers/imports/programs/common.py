@@ -7,7 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.config.optimizers import OPTIMIZERS
 from dreamfleet.trainers.imports.draft import Draft
 from dreamfleet.trainers.imports.rules import Effect, Untranslatable, is_off, number, plain
 from dreamfleet.trainers.imports.settings import Settings
@@ -18,7 +21,7 @@ SPEED = "concerns speed or memory, not what is trained"
 WEB = "names, uploads and logs do not change what is trained"
 
 # Names of optimizers (in lower case) in other programs -> ours, where they differ
-OPTIMIZERS: Mapping[str, str] = {
+_OPTIMIZER_NAMES: Mapping[str, str] = {
     "adamw_bf16": "adamw",
     "adamw_8bit": "adamw8bit",
     "bnb-adamw8bit": "adamw8bit",
@@ -54,7 +57,7 @@ _TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 def optimizer_name(value: Any) -> str:
     """Return our name of an optimizer; whether it exists is checked against the recipe."""
     name = str(value).strip().lower().rpartition("optimizers.")[2]
-    return OPTIMIZERS.get(name, name)
+    return _OPTIMIZER_NAMES.get(name, name)
 
 
 def put_options(draft: Draft, options: Mapping[str, tuple[str, Any]]) -> None:
@@ -63,7 +66,7 @@ def put_options(draft: Draft, options: Mapping[str, tuple[str, Any]]) -> None:
     ``options``: name in the optimizer's library -> (place, value); ``betas`` may be text.
     """
     name = str(draft.get("optimizer.name"))
-    if ("adamw" in name and "schedule" not in name) or "optimizer.options" not in draft.keys:
+    if "adamw" in name and "schedule" not in name:
         for key, (where, value) in options.items():
             if key == "betas":
                 for beta, each in zip(("beta1", "beta2"), _numbers(value), strict=False):
@@ -77,12 +80,27 @@ def put_options(draft: Draft, options: Mapping[str, tuple[str, Any]]) -> None:
     betas = [found.pop(beta, None) for beta in ("beta1", "beta2")]
     if betas != [None, None]:
         found["betas"] = [betas[0] or 0.9, betas[1] or 0.999]
+    for key, value in list(found.items()):
+        if (problem := _option_problem(name, key, value)) is not None:
+            where, given = options.get(key, (key, value))
+            draft.leave(where, given, Effect.CHANGES, f"{name} here: {problem}")
+            del found[key]
     note = ""
     if name in _NO_DECAY and "weight_decay" not in found:
         found["weight_decay"], note = 0.0, "its weight decay is 0 there"
     if found:
         places = ", ".join(where for where, _ in options.values())
         draft.put("optimizer.options", found, source=places, note=note)
+
+
+def _option_problem(optimizer: str, key: str, value: Any) -> str | None:
+    """Return why an optimizer does not have an option with a value, None if it has."""
+    try:
+        OPTIMIZERS.get(optimizer).Options.model_validate({key: value})
+    except ValidationError as error:
+        first = error.errors()[0]
+        return "there is no such option" if first["type"] == "extra_forbidden" else str(first["msg"])
+    return None
 
 
 def _numbers(value: Any) -> list[float]:
