@@ -18,6 +18,7 @@ from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.image_formats import holds_embedding
 from dreamfleet.datasets.images.images import check_image, read_header
 from dreamfleet.datasets.images.masks import open_mask
+from dreamfleet.datasets.index.edited_source import apply_edits
 from dreamfleet.datasets.index.exclusions import BadFile, Skipped, summary
 from dreamfleet.datasets.index.sources import (
     Listing,
@@ -167,7 +168,7 @@ def build_index(
     url = place.url if isinstance(place, Storage) else os.fspath(place)
     if is_address(url):
         url = Storage(url).url
-    listing = find_source(url).scan(url, options)
+    listing = apply_edits(find_source(url).scan(url, options), url, options.edits_for)
     check = len(listing.images) <= VERIFY_LIMIT if verify is None else verify
 
     def inspect(image: SourceImage) -> Row | BadFile:

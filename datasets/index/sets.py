@@ -56,7 +56,13 @@ def load_sets(
     indexes = [
         build_index(
             concept.instance_data_dir,
-            ScanOptions(data.caption_extension, data.caption_column, concept.mask_dir, excluded=others),
+            ScanOptions(
+                data.caption_extension,
+                data.caption_column,
+                concept.mask_dir,
+                excluded=others,
+                edits_for=data if data.use_edits else None,
+            ),
             concept=number,
             repeats=concept.repeats * data.repeats,
             max_pixels=data.max_pixels,
