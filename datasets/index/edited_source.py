@@ -83,8 +83,8 @@ def apply_edits(listing: Listing, url: str, data: DataConfig | None) -> Listing:
     listing.images = kept
     if excluded:
         listing.skipped.append(Skipped(url, EXCLUDED, excluded))
-    named = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    log.info("%s: edits replace %s; %d images are excluded", url, named or "nothing", excluded)
+    named = ", ".join(f"{name}: {count}" for name, count in {**counts, "excluded": excluded}.items() if count)
+    log.info("%s: edits of the set are applied (%s)", url, named or "none of them is of a listed image")
     return listing
 
 
