@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +14,9 @@ from dreamfleet.datasets.buckets import Size, training_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.crop_file import pixel_box
-from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.edits import Edit, EditTable, edit_name
 from dreamfleet.datasets.index.exclusions import BadFile
-from dreamfleet.datasets.index.file_hashes import known_files
-from dreamfleet.datasets.index.index import Index, build_index
-from dreamfleet.datasets.index.sets import excluded_folders
-from dreamfleet.datasets.index.sources import ScanOptions
+from dreamfleet.datasets.index.set_store import open_sets
 
 COLUMNS = ("uri", "width", "height", "caption", "sha256", "concept", "mask", "mask_sha256")
 
@@ -159,35 +154,30 @@ class ImageTable:
 
 def load_table(data: DataConfig, *, excluded: Mapping[str, str] = MappingProxyType({})) -> ImageTable:
     """Index the sets of a ``data:`` section without their edits, and load the edits. Raises DataError."""
-    concepts = load_concepts(data)
-    others = excluded_folders(concepts, excluded)
-    known = known_files(data)
-    indexes: list[Index] = []
-    for number, concept in enumerate(concepts):
-        options = ScanOptions(data.caption_extension, data.caption_column, concept.mask_dir, excluded=others)
-        indexes.append(
-            build_index(
-                concept.instance_data_dir,
-                options,
-                concept=number,
-                max_pixels=data.max_pixels,
-                verify=False,
-                known=known,
-            )
+    opened = open_sets(data.model_copy(update={"use_edits": False}), excluded=excluded, verify=False)
+    tables, bad = [], []
+    for number, one in enumerate(opened):
+        table = one.table.select(COLUMNS)
+        concept = pa.repeat(pa.scalar(number, pa.int32()), table.num_rows)
+        tables.append(table.set_column(COLUMNS.index("concept"), "concept", concept))
+        bad += [BadFile(row["uri"], row["reason"]) for row in one.errors.to_pylist()]
+        bad += [
+            BadFile(row["uri"], f"left out by a filter: {row['rule']}") for row in one.excluded.to_pylist()
+        ]
+    if not sum(table.num_rows for table in tables):
+        raise DataError(
+            f"{opened[0].url}: no image can be shown: {len(bad)} cannot be used or are left out by filters"
+            + (f", such as {bad[0].uri}: {bad[0].reason}" if bad else "")
+            + ". `dreamfleet data inspect` lists them"
         )
-    if known is not None:
-        known.remember(Index.concat(indexes))
-    urls = [concept.instance_data_dir for concept in concepts]
+    urls = [one.concept.instance_data_dir for one in opened]
     return ImageTable(
-        pa.concat_tables([index.table.select(COLUMNS) for index in indexes]),
+        pa.concat_tables(tables),
         data=data,
         urls=urls,
         edit_tables=[EditTable(url) for url in urls],
-        bad=[bad for index in indexes for bad in index.bad],
+        bad=bad,
     )
-
-
-Predicate = Callable[[ImageTable, Any], np.ndarray]
 
 
 def require_rows(table: ImageTable, rows: Sequence[int]) -> list[int]:

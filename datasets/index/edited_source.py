@@ -96,9 +96,8 @@ def edit_image(image: SourceImage, edit: Edit, table: EditTable, data: DataConfi
         image = image._replace(mask=table.mask_uri(edit), mask_sha256="")
     if box := edit.box(data):
         mask = edited_uri(image.mask, box) if image.mask else None
-        image = image._replace(
-            uri=edited_uri(image.uri, box), sha256="", width=0, height=0, mask=mask, mask_sha256=""
-        )
+        image = image._replace(uri=edited_uri(image.uri, box), mask=mask, mask_sha256="")
+        image = image._replace(sha256="", width=0, height=0, bytes=0, format="", orientation=0)
     return image
 
 

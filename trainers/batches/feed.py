@@ -122,7 +122,8 @@ class Feed:
         return (sample.role, self.plan.seed, draw.epoch, sample.id)
 
     def _prompt(self, sample: Sample, draw: Draw) -> str:
-        return self.method.prompt(sample, numpy_rng("prompt", *self._key(sample, draw)), self.data)
+        options = self.method.options_of(sample, self.data)
+        return self.method.prompt(sample, numpy_rng("prompt", *self._key(sample, draw)), options)
 
     def _latent_noise(self, keys: Sequence[tuple[int | str, ...]], shape: tuple[int, ...]) -> Tensor:
         how = self.data.latent_sampling
@@ -182,10 +183,12 @@ class Preparer:
 
 def check_words(samples: Sequence[Sample], method: DiffusionMethod, data: DataConfig) -> None:
     """Raise NoCaption if the method finds no prompt for some images; it counts all of them and names some."""
-    kept, wordless, reason = data.model_copy(update={"caption_dropout": 0.0}), [], ""
+    wordless, reason = [], ""
     for sample in samples:
-        if sample.caption is None or not data.use_captions:
+        own = method.options_of(sample, data)
+        if sample.caption is None or not own.use_captions:
             try:
+                kept = own.model_copy(update={"caption_dropout": 0.0})
                 method.prompt(sample, numpy_rng("prompt", sample.id), kept)
             except NoCaption as error:
                 wordless.append(sample.uri)

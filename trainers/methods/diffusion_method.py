@@ -78,6 +78,11 @@ class DiffusionMethod(Method):
             config=data,
         )
 
+    def options_of(self, sample: Sample, data: DataConfig) -> DataConfig:
+        """Return the options of a sample's captions: those of ``data``, except what its set overrides."""
+        concepts = self.setting.concepts
+        return data.for_set(concepts[sample.concept]) if sample.concept < len(concepts) else data
+
     def check_prompts(self, samples: Sequence[Sample], data: DataConfig) -> str | None:
         """Return a warning about a run's prompts, or None. Raises RecipeError if nothing can be learned."""
         for prompt in (concept.instance_prompt for concept in self.setting.concepts):

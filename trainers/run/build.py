@@ -225,7 +225,7 @@ def make_plan(
         instances.column("concept"),
         seed=recipe.train.seed,
         global_batch=global_batch,
-        repeats=instances.column("repeats"),
+        repeats=instances.uses(),
         buckets=number_buckets(sizes),
         class_concepts=classes.column("concept") if classes is not None else (),
     )
