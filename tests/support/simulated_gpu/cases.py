@@ -66,6 +66,7 @@ NEEDS: dict[Any, Values] = {
     "train.noise_offset_random_strength": {"train.noise_offset": 0.1, "train.multires_noise_iterations": 4},
     "train.ip_noise_gamma_random_strength": {"train.ip_noise_gamma": 0.1},
     "method.with_prior_preservation": {"method.num_class_images": 2},
+    "method.use_dora": {"method.lora_rank": 4},
     "method.lora_target_modules": {"method.lora_rank": 4, "method.lora_dropout": 0.1},
     "method.aesthetic_text_negative": {"method.aesthetic_text": "a dog"},
     "method.discriminator_replaces": {"method.discriminator": "FOLDER/judge", "method.rec_loss_w": 0.0},
@@ -77,7 +78,14 @@ NEEDS: dict[Any, Values] = {
 FURTHER: list[Values] = [
     {"train.snr_gamma": 5.0},
     {"train.noise_offset": 0.1},
-    {"train.loss_type": "smooth_l1", "train.v_pred_like_loss": 0.5, "train.timestep_sampling": "cosmap"},
+    {
+        "train.loss_type": "smooth_l1",
+        "train.v_pred_like_loss": 0.5,
+        "model.prediction_type": "epsilon",
+        "train.timestep_sampling": "cosmap",
+    },
+    {"method.lora_rank": 4, "method.scale_weight_norms": 0.01, "method.rank_dropout": 0.3},
+    {"method.lora_rank": 4, "method.module_dropout": 0.2, "method.loraplus_lr_ratio": 4.0},
     {"train.gradient_accumulation_steps": 2},
     {"optimizer.max_grad_norm": 0},
     {"model.clip_skip": 2},
