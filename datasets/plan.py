@@ -24,6 +24,7 @@ import numpy as np
 
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.rng import numpy_rng
+from dreamfleet.datasets.shard_order import shard_order
 
 
 class Draw(NamedTuple):
@@ -38,7 +39,8 @@ class BatchPlan:
 
     ``concepts[i]`` is the concept of instance row i, ``repeats[i]`` its number of uses per epoch and ``buckets[i]`` its
     bucket (default: one bucket for all). ``class_concepts[j]`` is the concept of class row j; it is empty without prior
-    preservation.
+    preservation. With ``shards``, the shard number of each instance row, an epoch is shuffled by shard_order within
+    ``shuffle_window`` draws, otherwise as a whole.
     """
 
     def __init__(
@@ -50,12 +52,16 @@ class BatchPlan:
         repeats: Sequence[int] | None = None,
         buckets: Sequence[int] | None = None,
         class_concepts: Sequence[int] = (),
+        shards: Sequence[int] | None = None,
+        shuffle_window: int = 0,
     ):
         if not len(concepts):
             raise DataError("there are no training images; check data.instance_data_dir")
         if global_batch < 1:
             raise ValueError(f"global batch must be at least 1, got {global_batch}")
         self.seed, self.global_batch = seed, global_batch
+        self._shards = None if shards is None else np.asarray(shards, np.int64)
+        self._window = shuffle_window
         counts = np.ones(len(concepts), np.int64) if repeats is None else np.asarray(repeats, np.int64)
         self._rows = np.repeat(np.arange(len(concepts)), counts)
         # Each repeat within an epoch gets its own noise, so draws are numbered by uses instead of epochs.
@@ -138,7 +144,10 @@ class BatchPlan:
 
     def _epoch_order(self, bucket: int, epoch: int) -> np.ndarray:
         apart = (bucket,) if len(self._slots) > 1 else ()
-        return numpy_rng("order", self.seed, epoch, *apart).permutation(self._slots[bucket])
+        slots, rng = self._slots[bucket], numpy_rng("order", self.seed, epoch, *apart)
+        if self._shards is None:
+            return rng.permutation(slots)
+        return slots[shard_order(self._shards[self._rows[slots]], window=self._window, rng=rng)]
 
     def _epoch_class_order(self, concept: int, epoch: int) -> np.ndarray:
         return numpy_rng("class order", self.seed, concept, epoch).permutation(self._classes[concept])
