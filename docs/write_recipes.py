@@ -12,6 +12,7 @@ from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
 from dreamfleet.datasets.registry import EntryName
+from dreamfleet.datasets.set_config import SetOptions
 from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.engines import ENGINES
 from dreamfleet.trainers.config.method import METHODS
@@ -80,12 +81,6 @@ DESCRIPTIONS = {
     "data.resident_limit_mb": "size above which `auto` streams",
     "data.cache_latents": "encode each image once instead of at every step",
     "data.latent_sampling": "sample the VAE's posterior at each use or once, or use its mean",
-    "Concept.instance_data_dir": "as in [data](#data), for this concept",
-    "Concept.instance_prompt": "as in [data](#data)",
-    "Concept.class_data_dir": "as in [data](#data)",
-    "Concept.class_prompt": "as in [data](#data)",
-    "Concept.repeats": "as in [data](#data)",
-    "Concept.mask_dir": "as in [data](#data)",
 }
 
 
@@ -109,7 +104,7 @@ def type_words(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return (
             f"[{annotation.__name__}](#{annotation.__name__.lower()})"
-            if annotation.__name__ in ("Concept", "Domain")
+            if annotation.__name__ in ("Concept", "Domain", "ImageSet")
             else "section"
         )
     words = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", Path: "path"}
@@ -149,8 +144,12 @@ def table(model: type[BaseModel], section: str) -> str:
         alias = info.validation_alias
         others = [str(a) for a in alias.choices if a != name] if isinstance(alias, AliasChoices) else []
         also = "also " + ", ".join(f"`{a}`" for a in others) if others else ""
-        what = type_words(info.annotation) + (f", {limits}" if (limits := bounds(info)) else "")
+        what = type_words(typing.Annotated[info.annotation, None, *info.metadata]) + (
+            f", {limits}" if (limits := bounds(info)) else ""
+        )
         said = info.description or DESCRIPTIONS.get(f"{section}.{name}")
+        if not said and issubclass(model, SetOptions):
+            said = "as in [data](#data), for these images"
         if name == "name":
             said = said or "the method"
         if section == "recipe":

@@ -131,7 +131,7 @@ def assemble(
         sets.instances.column("concept"),
         seed=train.seed,
         global_batch=global_batch,
-        repeats=sets.instances.column("repeats"),
+        repeats=sets.instances.uses(),
         buckets=number_buckets(sizes),
         class_concepts=classes.column("concept") if classes is not None else (),
         shards=shard_numbers(sets.instances.column("uri")) if recipe.data.shuffle == "shards" else None,
