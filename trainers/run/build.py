@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -38,7 +38,7 @@ from dreamfleet.trainers.methods.build import build_method, check_resolution
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod, require_diffusion
 from dreamfleet.trainers.methods.image_method import ImageMethod
 from dreamfleet.trainers.models.family import DiffusionModel, load_model
-from dreamfleet.trainers.optim.optimizers import import_adamw8bit, make_rates
+from dreamfleet.trainers.optim.optimizers import check_package, make_rates
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.disk import require_run_disk
 from dreamfleet.trainers.run.webui_optimizer import take_over
@@ -127,16 +127,7 @@ def assemble(
     train = recipe.train
     num_units = count_units(recipe, distributed)
     global_batch = num_units * train.train_batch_size
-    plan = BatchPlan(
-        sets.instances.column("concept"),
-        seed=train.seed,
-        global_batch=global_batch,
-        repeats=sets.instances.uses(),
-        buckets=number_buckets(sizes),
-        class_concepts=classes.column("concept") if classes is not None else (),
-        shards=shard_numbers(sets.instances.column("uri")) if recipe.data.shuffle == "shards" else None,
-        shuffle_window=recipe.data.shuffle_window,
-    )
+    plan = make_plan(recipe, sets.instances, sizes, global_batch=global_batch, classes=classes)
     if recipe.data.enable_bucket and distributed.is_main:
         log_buckets(sizes, plan.smallest_bucket, global_batch)
     schedule = make_schedule(recipe, plan)
@@ -222,6 +213,27 @@ def count_units(recipe: Recipe, distributed: DistributedContext) -> int:
     return max(recipe.scaling.max_workers, distributed.world) * recipe.train.gradient_accumulation_steps
 
 
+def make_plan(
+    recipe: Recipe,
+    instances: Index,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    global_batch: int,
+    classes: Index | None = None,
+) -> BatchPlan:
+    """Return the batch plan of a run; ``sizes``: the training size of each instance image in pixels."""
+    return BatchPlan(
+        instances.column("concept"),
+        seed=recipe.train.seed,
+        global_batch=global_batch,
+        repeats=instances.uses(),
+        buckets=number_buckets(sizes),
+        class_concepts=classes.column("concept") if classes is not None else (),
+        shards=shard_numbers(instances.column("uri")) if recipe.data.shuffle == "shards" else None,
+        shuffle_window=recipe.data.shuffle_window,
+    )
+
+
 def make_engine(recipe: Recipe, method: Method, distributed: DistributedContext) -> Engine:
     """Build the engine that the recipe names."""
     return engine_class(recipe.engine)(
@@ -265,5 +277,4 @@ def check_machine(recipe: Recipe, distributed: DistributedContext) -> None:
     a package that is not installed.
     """
     require_runnable(recipe.train, recipe.optimizer, has_gpu=distributed.device.type == "cuda")
-    if recipe.optimizer.name == "adamw8bit":
-        import_adamw8bit()
+    check_package(recipe.optimizer)
