@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from dreamfleet.datasets.errors import DataError, ModelError, StorageError
-from dreamfleet.datasets.images.images import MOST_RESIZED, open_image
+from dreamfleet.datasets.images.images import open_image
+from dreamfleet.datasets.images.resampling import MOST_RESIZED
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.datasets.tools.tags import (
     Edit,
