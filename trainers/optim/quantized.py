@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from bitsandbytes import optim
 
 from dreamfleet.trainers.config.optimizers import OptimizerOptions
 
@@ -24,6 +23,8 @@ class Paging:
 
 
 def _build(kind: str, params: list[dict[str, Any]], options: OptimizerOptions) -> torch.optim.Optimizer:
+    from bitsandbytes import optim
+
     plain = getattr(optim, kind)
     made: Any = type(kind, (Paging, plain), {}) if kind.startswith("Paged") else plain
     return made(params, lr=0.0, **options.model_dump())
