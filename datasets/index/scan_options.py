@@ -19,6 +19,7 @@ def scan_options(
         own.caption_extension,
         own.caption_column,
         concept.mask_dir,
+        recursive=concept.recursive,
         excluded=excluded,
         mapper=mapper,
         allow_private=data.allow_private_urls,

@@ -66,6 +66,14 @@ class Listing:
     others: Counter[str] = field(default_factory=Counter)
     shared: dict[str, list[str]] = field(default_factory=dict)
 
+    def extend(self, other: Listing) -> None:
+        """Add the content of another listing."""
+        self.images += other.images
+        self.bad += other.bad
+        self.skipped += other.skipped
+        self.others += other.others
+        self.shared |= other.shared
+
 
 @dataclass(frozen=True)
 class ScanOptions:
@@ -130,6 +138,15 @@ SOURCES: Registry[type[Source]] = Registry(
     builtin={
         FOLDER: "dreamfleet.datasets.index.folder_source:FolderSource",
         "list": "dreamfleet.datasets.index.list_source:ListSource",
+        "tar": "dreamfleet.datasets.index.tar_source:TarSource",
+        "parquet": "dreamfleet.datasets.index.parquet_source:ParquetSource",
+        "arrow": "dreamfleet.datasets.index.arrow_source:ArrowSource",
+        "table": "dreamfleet.datasets.index.table_source:TableSource",
+        "kohya": "dreamfleet.datasets.index.kohya_toml_source:KohyaTomlSource",
+        "onetrainer": "dreamfleet.datasets.index.onetrainer_source:OneTrainerSource",
+        "simpletuner": "dreamfleet.datasets.index.simpletuner_source:SimpleTunerSource",
+        "everydream": "dreamfleet.datasets.index.everydream_source:EveryDreamSource",
+        "url": "dreamfleet.datasets.index.url_source:UrlSource",
     },
 )
 
@@ -141,14 +158,14 @@ def find_source(url: str) -> Source:
     """
     if own := _named_in(url):
         return own
-    if not is_address(url):
+    found = {name: _instance(kind, name) for name, kind in SOURCES.items() if name != FOLDER}
+    matching = [name for name, source in found.items() if source.matches(url)]
+    if not matching and not is_address(url):
         names = [name for name in SOURCES.names() if name != FOLDER]
         raise DataError(
             f"{url}: no source reads {url.partition('://')[0]}:// URLs. Use a folder, s3:// or gs://, or install the "
             f"package that adds the source (installed: {', '.join(names) or 'none'})"
         )
-    found = {name: _instance(kind, name) for name, kind in SOURCES.items() if name != FOLDER}
-    matching = [name for name, source in found.items() if source.matches(url)]
     if len(matching) > 1:
         raise DataError(f"{url} is matched by several sources: {', '.join(matching)}. Uninstall all but one")
     return found[matching[0]] if matching else _instance(SOURCES.get(FOLDER), FOLDER)
