@@ -102,10 +102,11 @@ golden: $(VENV)/.installed-test ## rewrite the recorded loss curves; read the di
 structure: $(VENV)/.installed ## print files, packages, import levels, cycles and lines of code
 	$(BIN)/python docs/structure.py
 
-pages: $(VENV)/.installed ## rewrite the generated pages: recipe reference, package diagram, examples of docs/extending.md
+pages: $(VENV)/.installed ## rewrite the generated pages: recipe reference, package diagram, examples, table of importers
 	$(BIN)/python docs/write_recipes.py
 	$(BIN)/python docs/structure.py --write
 	$(BIN)/python docs/write_examples.py
+	$(BIN)/python docs/write_imports.py
 
 docs: pages site ## rewrite the generated pages and build the documentation site
 

@@ -144,7 +144,9 @@ def table(model: type[BaseModel], section: str) -> str:
         alias = info.validation_alias
         others = [str(a) for a in alias.choices if a != name] if isinstance(alias, AliasChoices) else []
         also = "also " + ", ".join(f"`{a}`" for a in others) if others else ""
-        what = type_words(info.annotation) + (f", {limits}" if (limits := bounds(info)) else "")
+        what = type_words(typing.Annotated[info.annotation, None, *info.metadata]) + (
+            f", {limits}" if (limits := bounds(info)) else ""
+        )
         said = info.description or DESCRIPTIONS.get(f"{section}.{name}")
         if not said and issubclass(model, SetOptions):
             said = "as in [data](#data), for these images"

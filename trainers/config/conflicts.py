@@ -49,6 +49,8 @@ def find_conflicts(
             "data.enable_bucket cannot be combined with prior preservation: class images would need the sizes of their "
             "instance images; set enable_bucket: false, or method.with_prior_preservation: false"
         )
+    if reason := method.refused_by_engine(engine):
+        found.append(reason)
     found += _validation_conflicts(validation, train, scaling)
     fused = {
         f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (

@@ -49,6 +49,8 @@ class Engine(EngineSpec, ABC):
     ):
         if refused := find_refused({"engine": config}, self.refused(config), by=self.setting(config)):
             raise RecipeError("\n  ".join(refused))
+        if reason := method.config.refused_by_engine(config):
+            raise RecipeError(reason)
         self.options: Any = self.Options.model_validate(config.options)
         self.seed, self.optimizer_name = seed, optimizer.name
         self.method, self.config, self.device = method, config, device

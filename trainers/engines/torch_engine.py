@@ -94,6 +94,7 @@ class TorchEngine(TorchSpec, Engine):
         if self.exchange is not None and self.world > 1:
             self.exchange.finish()
         norm = self._finish_step(step) if self.fused else self._step_together(rates, step)
+        self.method.after_step()
         if self.ema is not None:
             self.ema.update(self.params, step)
         return norm.detach()

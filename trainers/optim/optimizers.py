@@ -59,9 +59,13 @@ def make_rates(
         base_rate=1.0 if isinstance(config.learning_rate, str) else config.learning_rate * scale_all,
     )
     return {
-        group.name: _scaled(make_rate(rate_of(group.name, config), multiplier), group.scale * scale_all)
+        group.name: _scaled(make_rate(_rate_of_group(group, config), multiplier), group.scale * scale_all)
         for group in groups
     }
+
+
+def _rate_of_group(group: ParamGroup, config: OptimizerConfig) -> float | str:
+    return rate_of(group.rates_of or group.name, config) if group.rate is None else group.rate
 
 
 def rate_of(group: str, config: OptimizerConfig) -> float | str:

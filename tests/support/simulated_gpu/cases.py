@@ -61,6 +61,10 @@ NEEDS: dict[Any, Values] = {
     "data.enable_bucket": BUCKETS,
     "data.bucket_no_upscale": BUCKETS,
     "model.rescale_betas_zero_snr": {"model.prediction_type": "v_prediction"},
+    "train.huber_schedule": {"train.loss_type": "huber"},
+    "train.scale_v_pred_loss_like_noise_pred": {"model.prediction_type": "v_prediction"},
+    "train.noise_offset_random_strength": {"train.noise_offset": 0.1, "train.multires_noise_iterations": 4},
+    "train.ip_noise_gamma_random_strength": {"train.ip_noise_gamma": 0.1},
     "method.with_prior_preservation": {"method.num_class_images": 2},
     "method.lora_target_modules": {"method.lora_rank": 4, "method.lora_dropout": 0.1},
     "method.aesthetic_text_negative": {"method.aesthetic_text": "a dog"},
@@ -73,6 +77,7 @@ NEEDS: dict[Any, Values] = {
 FURTHER: list[Values] = [
     {"train.snr_gamma": 5.0},
     {"train.noise_offset": 0.1},
+    {"train.loss_type": "smooth_l1", "train.v_pred_like_loss": 0.5, "train.timestep_sampling": "cosmap"},
     {"train.gradient_accumulation_steps": 2},
     {"optimizer.max_grad_norm": 0},
     {"model.clip_skip": 2},

@@ -49,7 +49,15 @@ VARIANTS: dict[str, list[Tree]] = {
 RUN_CHANGES: list[Tree] = [
     {"train__train_batch_size": 1},
     {"train__train_batch_size": 2, "train__gradient_accumulation_steps": 2, "engine__use_ema": True},
-    {"train__train_batch_size": 1, "optimizer__max_grad_norm": 0.1, "train__snr_gamma": 5.0},
+    {
+        "train__train_batch_size": 1,
+        "optimizer__max_grad_norm": 0.1,
+        "train__snr_gamma": 5.0,
+        "train__loss_type": "huber",
+        "train__multires_noise_iterations": 3,
+        "train__ip_noise_gamma": 0.1,
+        "train__timestep_sampling": "logit_normal",
+    },
 ]
 
 
