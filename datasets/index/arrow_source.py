@@ -76,7 +76,7 @@ def _scan(file: str, options: ScanOptions) -> Listing:
             place = range(start, start + mapped.size() + 1)
             for batch in _batches(mapped):
                 image = find_image_column(batch.schema, file)
-                reader = RowReader(file, batch.schema.names, options)
+                reader = RowReader(file, fact_columns(batch.schema), options)
                 if image is None and reader.url is None:
                     raise explain_missing(batch.schema, file)
                 _add(found, batch, image, reader, place=place, first=number + 1)
@@ -91,6 +91,7 @@ def _scan(file: str, options: ScanOptions) -> Listing:
 
 def _batches(mapped: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
     """Yield the batches of an Arrow file in either format, without copying them."""
+    mapped.seek(0)
     is_file = mapped.read(len(_FILE_MAGIC)) == _FILE_MAGIC
     mapped.seek(0)
     if is_file:

@@ -65,7 +65,7 @@ class KohyaTomlSource(DatasetFile):
         return isinstance(content, dict) and isinstance(content.get("datasets"), list)
 
     def read_concepts(self, content: Any, found: Found) -> list[Concept]:
-        """Return a concept for each subset that is not `is_reg`; the class images of a dataset belong to its subsets."""
+        """Return a concept for each subset; those with `is_reg` become the class images of their dataset."""
         general = mapping(content.get("general", {}), "general", found.file)
         concepts = []
         for number, dataset in enumerate(mappings(content["datasets"], "datasets", found.file)):
@@ -87,8 +87,8 @@ class KohyaTomlSource(DatasetFile):
 def _subset(values: Mapping[str, Any], what: str, found: Found) -> Concept:
     if values.get("metadata_file"):
         raise DataError(
-            f"{found.file}, {what}: metadata_file is not read. Write its captions to metadata.jsonl in the image folder, "
-            'one line {"file_name": "a.png", "text": "..."} for each image'
+            f"{found.file}, {what}: metadata_file is not read. Write its captions to metadata.jsonl in the image "
+            'folder, one line {"file_name": "a.png", "text": "..."} for each image'
         )
     found.unused(values, _KNOWN, f"{what}.", silent=_SILENT)
     for key, own in _EXPECTED.items():

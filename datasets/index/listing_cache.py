@@ -61,7 +61,7 @@ def _load(folder: Storage, name: str, stamp: str) -> Listing | None:
         log.warning("%s is broken, and made again: %s", folder.path(name), error)
         return None
     images = [
-        SourceImage(*values[:-1], json.loads(values[-1]) if values[-1] else None)
+        SourceImage._make((*values[:-1], json.loads(values[-1]) if values[-1] else None))
         for values in zip(*columns, strict=True)
     ]
     return Listing(images, [BadFile(*one) for one in rest["bad"]], others=Counter(rest["others"]))

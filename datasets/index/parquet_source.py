@@ -92,7 +92,7 @@ def _scan(file: str, options: ScanOptions) -> Listing:
         with opened(file) as parquet:
             schema = parquet.schema_arrow
             image = find_image_column(schema, file)
-            reader = RowReader(file, schema.names, options)
+            reader = RowReader(file, fact_columns(schema), options)
             if image is None and reader.url is None:
                 raise explain_missing(schema, file)
             columns = [*fact_columns(schema), *([image.name] if image else [])]

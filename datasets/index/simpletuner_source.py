@@ -19,8 +19,8 @@ _KNOWN = (
 _SILENT = (
     "aws_region_name", "aws_endpoint_url", "aws_access_key_id", "aws_secret_access_key", "aws_max_pool_connections",
     "cache_dir_vae", "vae_cache_clear_each_epoch", "vae_cache_ondemand", "cache_dir", "text_embeds", "image_embeds",
-    "preserve_data_backend_cache", "skip_file_discovery", "metadata_backend", "hash_filenames", "target_downsample_size",
-    "maximum_image_size", "csv_cache_dir",
+    "preserve_data_backend_cache", "skip_file_discovery", "metadata_backend", "hash_filenames",
+    "target_downsample_size", "maximum_image_size", "csv_cache_dir",
 )  # fmt: skip
 
 

@@ -89,7 +89,7 @@ class RowReader:
         lines = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(line, str) for line in lines):
             raise DataError(f"the caption is not text but {_shown(value)}")
-        return ("\n".join(lines).strip() or None) if value is not None else None
+        return "\n".join(str(line) for line in lines).strip() or None if value is not None else None
 
     def facts(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return the other values of a row that conditions can use: texts, numbers, and lists of texts."""

@@ -102,7 +102,7 @@ class _Parts:
 
     def add(self, member: Member, file: BinaryIO) -> None:
         """Read a member if it is an image or belongs to one."""
-        name = member.name.lstrip("/")
+        name = _plain(member.name)
         kind = _kind_of(name.lower(), self._extensions)
         if kind == "other" or is_hidden(name):
             self.others[os.path.splitext(name)[1].lower() or "no ending"] += 1
@@ -149,7 +149,7 @@ class _Parts:
             self._facts.setdefault(key, found)
 
     def _image(self, part: _Part) -> SourceImage:
-        name = part.member.name.lstrip("/")
+        name = _plain(part.member.name)
         stem, key = os.path.splitext(name)[0], _key(name)
         caption = next((self._captions[one] for one in (name, stem, key) if one in self._captions), None)
         facts = next((self._facts[one] for one in (name, stem, key) if one in self._facts), {})
@@ -200,6 +200,11 @@ def _read(member: Member, file: BinaryIO, *, most: int) -> bytes:
     if len(content) < member.size:
         raise DataError(f"truncated: the shard ends after {len(content):,} of its {member.size:,} bytes")
     return content
+
+
+def _plain(name: str) -> str:
+    """Return the name of a member as a path inside the shard; nothing is written to it."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 def _key(name: str) -> str:
