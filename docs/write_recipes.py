@@ -17,6 +17,7 @@ from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.engines import ENGINES
 from dreamfleet.trainers.config.method import METHODS
 from dreamfleet.trainers.config.metrics import METRICS, NEEDS, Figure, Metric
+from dreamfleet.trainers.config.optimizers import OPTIMIZERS
 from dreamfleet.trainers.config.search import Domain
 from dreamfleet.trainers.recipe import Recipe
 
@@ -179,6 +180,8 @@ def write() -> str:
             nested |= inner_models(section)
         if name == "validation":
             parts.append(metrics_table())
+        if name == "optimizer":
+            parts += optimizers()
         if name == "engine":
             parts += engines()
         if name == "search":
@@ -269,6 +272,23 @@ def engines() -> list[str]:
         if engine.Options.model_fields
     ]
     return ["\n`name` selects the engine:\n", *lines, *options]
+
+
+def optimizers() -> list[str]:
+    """Return lines that list the values of ``optimizer.name`` and the keys of ``optimizer.options``."""
+    lines = [
+        "\n### optimizers\n",
+        "[Optimizers](optimizers.md) compares them. Installed packages can [add more](extending.md#an-optimizer).\n",
+        "| `optimizer.name` | description | `optimizer.options` |",
+        "| --- | --- | --- |",
+    ]
+    shown: dict[type[BaseModel], str] = {}
+    for name, kind in OPTIMIZERS.items():
+        title = shown.setdefault(kind.Options, f"Options of {name}")
+        link = "#" + title.lower().replace(" ", "-")
+        lines.append(f"| `{name}` | {kind.summary} | [{len(kind.Options.model_fields)} keys]({link}) |")
+    tables = [f"\n### {title}\n\n" + table(options, "options") for options, title in shown.items()]
+    return [*lines, *tables]
 
 
 def inner_models(model: type[BaseModel]) -> dict[str, type[BaseModel]]:

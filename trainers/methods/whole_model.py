@@ -23,8 +23,13 @@ LORA_FORMATS = ("diffusers_lora", "kohya_lora")
 
 
 def usual_formats(config: WholeModelConfig) -> tuple[str, ...]:
-    """Return the formats that an export writes by default."""
-    return WHOLE_FORMATS[:2] if config.lora_rank is None else LORA_FORMATS
+    """Return the formats that an export writes by default.
+
+    For a DoRA only diffusers' layout: ComfyUI and the webui read the other one, but divide by other lengths.
+    """
+    if config.lora_rank is None:
+        return WHOLE_FORMATS[:2]
+    return LORA_FORMATS[:1] if config.use_dora else LORA_FORMATS
 
 
 def possible_formats(config: WholeModelConfig) -> tuple[str, ...]:
@@ -49,7 +54,12 @@ def learning_parts(model: DiffusionModel, config: WholeModelConfig) -> nn.Module
         }
         alpha = config.lora_alpha or config.lora_rank
         learning = add_adapters(
-            model, chosen, rank=config.lora_rank, alpha=alpha, dropout=config.lora_dropout
+            model,
+            chosen,
+            rank=config.lora_rank,
+            alpha=alpha,
+            dropout=config.lora_dropout,
+            use_dora=config.use_dora,
         )
         drop_hidden(model, config)
         return learning

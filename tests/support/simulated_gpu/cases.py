@@ -21,6 +21,7 @@ from tiny_models import FAMILIES
 from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.method import METHODS
+from dreamfleet.trainers.config.optimizers import OPTIMIZERS
 from dreamfleet.trainers.memory.strategies import ALTERING, CHOICES
 from dreamfleet.trainers.methods.base import method_class
 from dreamfleet.trainers.recipe import Recipe, build_recipe
@@ -40,7 +41,6 @@ LEFT_OUT: dict[Any, str] = {
     "engine.dynamo_backend": "comes with engine.torch_compile; inductor needs CUDA's compiler",
     "engine.zero_quantized_weights": "DeepSpeed compiles CUDA kernels for it",
     "engine.zero_quantized_gradients": "DeepSpeed compiles CUDA kernels for it",
-    ("optimizer.name", "adamw8bit"): "bitsandbytes is an extra",
     ("data.source", "stream"): "Ray Data streams on CPUs",
     ("validation.metrics", "dino"): "needs the weights of a DINO",
     ("model.prediction_type", "sample"): "no samplers draw it",
@@ -75,6 +75,12 @@ NEEDS: dict[Any, Values] = {
 }
 #: Values of keys that are neither boolean nor enumerated, but change the operations on a GPU.
 FURTHER: list[Values] = [
+    # 8-bit and paged optimizers need bitsandbytes, an extra
+    *(
+        {"optimizer.name": name}
+        for name, kind in OPTIMIZERS.items()
+        if kind.package is None and name != "adamw"
+    ),
     {"train.snr_gamma": 5.0},
     {"train.noise_offset": 0.1},
     {"train.loss_type": "smooth_l1", "train.v_pred_like_loss": 0.5, "train.timestep_sampling": "cosmap"},

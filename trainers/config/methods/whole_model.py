@@ -58,6 +58,12 @@ class WeightsConfig(MethodConfig):
         validation_alias=AliasChoices("lora_dropout", "network_dropout"),
         description="dropout probability of a layer's input to its LoRA",
     )
+    use_dora: bool = Field(
+        False,
+        validation_alias=AliasChoices("use_dora", "dora_wd"),
+        description="train a DoRA (Liu et al. 2024): a LoRA of the weights' directions, and their lengths; slower; "
+        "for diffusers; merge it into the model for other programs",
+    )
     neuron_dropout: float = Field(
         0.0,
         ge=0,
@@ -99,11 +105,24 @@ class WeightsConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _check_lora(self) -> Self:
-        keys = ("lora_alpha", "lora_dropout", "lora_target_modules", *_HIDDEN_DROPOUTS, "scale_weight_norms")
+        keys = (
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "use_dora",
+            *_HIDDEN_DROPOUTS,
+            "scale_weight_norms",
+        )
         given = [key for key in keys if getattr(self, key)]
         if given and self.lora_rank is None:
             raise ValueError(
                 f"{given[0]} needs lora_rank, such as 8; without it the full weights are trained"
+            )
+        inside = [key for key in (*_HIDDEN_DROPOUTS, "scale_weight_norms") if getattr(self, key)]
+        if self.use_dora and inside:
+            raise ValueError(
+                f"use_dora cannot be combined with {inside[0]}: the length of a weight depends on its whole LoRA; use "
+                "lora_dropout, or a LoRA"
             )
         return self
 
@@ -111,6 +130,8 @@ class WeightsConfig(MethodConfig):
     def unpackable(self) -> str | None:
         if self.lora_rank is None:
             return "without lora_rank trains the model itself"
+        if self.use_dora:
+            return "with use_dora scales the frozen weights"
         used = [key for key in _HIDDEN_DROPOUTS if getattr(self, key)]
         if used:
             return f"with {used[0]} changes a LoRA between its matrices, which a pack multiplies at once"
@@ -122,6 +143,8 @@ class WeightsConfig(MethodConfig):
                 f"method.scale_weight_norms: {engine_spec(engine).setting(engine)} shards the weights, which then "
                 "cannot be scaled between steps; leave it out, or train with plain torch (engine.name: torch)"
             )
+        if self.use_dora and engine.zero_stage == 3:
+            return "method.use_dora reads whole weights, which engine.zero_stage: 3 shards; use zero_stage: 2"
         return None
 
     @property
