@@ -21,6 +21,7 @@ def scan_options(
         concept.mask_dir,
         recursive=concept.recursive,
         excluded=excluded,
+        edits_for=data if data.use_edits else None,
         mapper=mapper,
         allow_private=data.allow_private_urls,
     )

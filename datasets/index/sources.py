@@ -77,13 +77,17 @@ class Listing:
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """The keys of the `data:` section that affect a scan, and ``excluded``: address of a folder to skip -> purpose."""
+    """The keys of the `data:` section that affect a scan, and ``excluded``: address of a folder to skip -> purpose.
+
+    ``edits_for``: the section at whose training sizes the set's edits are applied after the scan; None: without edits.
+    """
 
     caption_extension: Sequence[str] = CAPTION_EXTENSIONS
     caption_column: str | None = None
     mask_dir: str | None = None
     recursive: bool = True
     excluded: Mapping[str, str] = field(default_factory=dict)
+    edits_for: DataConfig | None = None
     mapper: Mapper = in_threads  # scans shards and reads images
     allow_private: bool = False  # read http(s) addresses of private networks, and those with a login
 
@@ -147,6 +151,7 @@ SOURCES: Registry[type[Source]] = Registry(
         "simpletuner": "dreamfleet.datasets.index.simpletuner_source:SimpleTunerSource",
         "everydream": "dreamfleet.datasets.index.everydream_source:EveryDreamSource",
         "url": "dreamfleet.datasets.index.url_source:UrlSource",
+        "edited": "dreamfleet.datasets.index.edited_source:EditedSource",
     },
 )
 
