@@ -96,10 +96,12 @@ class Source(ABC):
     """Base class of image sources. The constructor takes no arguments; one instance per process serves all URLs.
 
     ``matches`` and ``scan`` run in the process that builds the index, ``read`` also in workers on other machines.
-    ``name`` is the name under which the source is registered.
+    ``name`` is the name under which the source is registered. With ``reads_web``, ``matches`` is also asked about
+    http(s) addresses.
     """
 
     name: str
+    reads_web = False
 
     @abstractmethod
     def matches(self, url: str) -> bool:
@@ -164,7 +166,8 @@ def find_source(url: str) -> Source:
     if own := _named_in(url):
         return own
     found = {name: _instance(kind, name) for name, kind in SOURCES.items() if name != FOLDER}
-    matching = [name for name, source in found.items() if source.matches(url)]
+    asked = found if is_address(url) else {name: one for name, one in found.items() if one.reads_web}
+    matching = [name for name, source in asked.items() if source.matches(url)]
     if not matching and not is_address(url):
         names = [name for name in SOURCES.names() if name != FOLDER]
         raise DataError(

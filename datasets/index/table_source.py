@@ -29,6 +29,8 @@ Numbered = tuple[int, Mapping[str, Any] | str]  # number of a row, and the row o
 class TableSource(Source):
     """Reads `images.jsonl`, `images.csv` and the like; local, in a bucket, or at an https address."""
 
+    reads_web = True
+
     def matches(self, url: str) -> bool:
         """Return whether a URL names a table."""
         path = url.partition("?")[0] if is_web(url) else url

@@ -32,6 +32,8 @@ _REDIRECTS = {301, 302, 303, 307, 308}
 class UrlSource(Source):
     """Reads `url://https://host/image.jpg`, which tables of addresses list, and single https addresses of images."""
 
+    reads_web = True
+
     def matches(self, url: str) -> bool:
         """Return whether a URL is the web address of an image; tables and shards have sources of their own."""
         return is_web(url) and not urlsplit(url).path.lower().endswith((".jsonl", ".ndjson", ".csv", ".tsv"))
