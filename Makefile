@@ -69,7 +69,7 @@ test-fast: $(VENV)/.installed-test ## the tests without servers and compilers: a
 lab: $(VENV)/.installed-test ## every fault on a cluster of namespaces; results and docs/faults.md (root, half an hour)
 	$(BIN)/python benchmarks/faults.py
 
-storm: $(VENV)/.installed-test ## random faults on one run: MINUTES=60 EVERY=60 PAIRS=0 SEED=0 (root, twice the minutes)
+storm: $(VENV)/.installed-test ## random faults on one run: MINUTES=60 EVERY=60 PAIRS=0 SEED=0 SLOWER=0 (root, twice the minutes)
 	$(BIN)/python benchmarks/storm.py
 
 test-gpu-matrix: $(VENV)/.installed-test ## every method, family and precision on a simulated GPU (`make test` has every pair of them)
@@ -102,10 +102,11 @@ golden: $(VENV)/.installed-test ## rewrite the recorded loss curves; read the di
 structure: $(VENV)/.installed ## print files, packages, import levels, cycles and lines of code
 	$(BIN)/python docs/structure.py
 
-pages: $(VENV)/.installed ## rewrite the generated pages: recipe reference, package diagram, examples of docs/extending.md
+pages: $(VENV)/.installed ## rewrite the generated pages: recipe reference, package diagram, examples, table of importers
 	$(BIN)/python docs/write_recipes.py
 	$(BIN)/python docs/structure.py --write
 	$(BIN)/python docs/write_examples.py
+	$(BIN)/python docs/write_imports.py
 
 docs: pages site ## rewrite the generated pages and build the documentation site
 

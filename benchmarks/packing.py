@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from measure import write_result
+from measure import RESULTS, describe_machine, write_result
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -140,13 +140,20 @@ def measure(method: str, batch: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure every method and batch size, and write the result."""
+    """Measure the methods at every batch size; write them to the result, which keeps those of other methods."""
     if sys.argv[1:2] == ["--pack"]:
         train_pack(sys.argv[2:])
         return
-    result: dict[str, Any] = {"steps": STEPS, "threads": int(THREADS), "resolution": 64}
+    stored = RESULTS / "packing.json"
+    before = json.loads(stored.read_text()) if stored.exists() else {}
+    result: dict[str, Any] = {"threads": int(THREADS), "resolution": 64}
+    result |= {method: before[method] for method in CASES if method in before}
     for method in os.environ.get("METHODS", ",".join(CASES)).split(","):
-        result[method] = {}
+        settings = f"BATCHES={','.join(map(str, BATCHES))} SLOTS={','.join(map(str, SLOTS))} STEPS={STEPS}"
+        result[method] = {
+            "repeat": f"METHODS={method} {settings} THREADS={THREADS} python benchmarks/packing.py",
+            "machine": describe_machine(),
+        }
         for batch in BATCHES:
             with tempfile.TemporaryDirectory(prefix="dreamfleet-packing-") as name:
                 result[method][f"batch_{batch}"] = measure(method, batch, Path(name))

@@ -1,12 +1,12 @@
 """Strikes a run with random faults for some time (`make storm`), and measures how much of the time was training.
 
-    MINUTES=60 EVERY=60 PAIRS=0 SEED=0 make storm
+    MINUTES=60 EVERY=60 PAIRS=0 SEED=0 SLOWER=0 make storm
 
 One fault in each EVERY seconds, drawn with SEED, on three nodes of the laboratory (docs/faults.md); PAIRS=1 draws
 pairs: a worker in a save, S3 while a worker restarts, the driver and a raylet. Nodes that a fault ended are renewed
 20 s later, as an autoscaler would, and a driver that ended is started again with --resume. At the end the run is
-stopped, and a run of as many steps without faults gives the weights to compare with. Writes results/storm.json or
-storm-pairs.json.
+stopped, and a run of as many steps without faults gives the weights to compare with. SLOWER seconds are added to each
+step of the storm: the pocket model's are shorter than a real model's. Writes results/storm.json or storm-pairs.json.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Storm:
     trial: Trial
     source: random.Random
     struck: list[dict[str, Any]] = field(default_factory=list)
+    slower: float = 0.0  # seconds added to each step
     later: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
     resumed: int = 0
 
@@ -72,6 +73,11 @@ class Storm:
                 self.trial.start("--resume")
                 self.resumed += 1
             time.sleep(0.1)
+
+    def renew(self, machine: Machine) -> None:
+        """Replace a node by a new machine."""
+        self.lab.renew(machine)
+        self.trial.lengthen_steps(self.slower)
 
     # ---- faults ---------------------------------------------------------------------------------------
 
@@ -107,14 +113,14 @@ class Storm:
         """SIGKILL of a raylet under a worker."""
         machine, _ = self.process(self.source.randrange(2))
         kill(raylet_of(machine))
-        self.after(RENEW_SECONDS, lambda: self.lab.renew(machine))
+        self.after(RENEW_SECONDS, lambda: self.renew(machine))
         return f"SIGKILL of the raylet of {machine.name}"
 
     def power_off(self) -> str:
         """Power failure of a worker's node."""
         machine, _ = self.process(self.source.randrange(2))
         machine.power_off()
-        self.after(RENEW_SECONDS, lambda: self.lab.renew(machine))
+        self.after(RENEW_SECONDS, lambda: self.renew(machine))
         return f"power failure of {machine.name}"
 
     def s3_away(self) -> str:
@@ -156,8 +162,9 @@ PAIRS = (Storm.kill_in_save, Storm.s3_away_in_restart, Storm.kill_driver_and_ray
 
 
 def rage(storm: Storm, *, minutes: float, every: float, faults: tuple[Callable[[Storm], str], ...]) -> float:
-    """Strike for some minutes from the first step on, then stop the run; return the time of the first step."""
+    """Strike for some minutes from the first step on; return the time of the first step."""
     trial = storm.trial
+    trial.lengthen_steps(storm.slower)
     trial.start()
     trial.wait_for_step(1)
     first, began = trial.trace.steps()[0]["t"], time.monotonic()
@@ -229,12 +236,13 @@ def read_run(lab: Laboratory, url: str) -> dict[str, Any]:
 def main() -> None:
     """Storm, compare the weights, and write the results."""
     minutes, every = float(os.environ.get("MINUTES", 60)), float(os.environ.get("EVERY", 60))
+    slower = float(os.environ.get("SLOWER", 0))
     pairs, seed = os.environ.get("PAIRS", "0") == "1", int(os.environ.get("SEED", 0))
     if reason := why_not():
         sys.exit(reason)
     end_on_sigterm()
     with Laboratory() as lab:
-        storm = Storm(Trial(lab, "storm", steps=ENDLESS, recipe=RECIPE), random.Random(seed))
+        storm = Storm(Trial(lab, "storm", steps=ENDLESS, recipe=RECIPE), random.Random(seed), slower=slower)
         try:
             first = rage(storm, minutes=minutes, every=every, faults=PAIRS if pairs else SINGLE)
             end = time.time()
@@ -244,6 +252,7 @@ def main() -> None:
         result = measure_storm(storm, first, end) | read_run(lab, storm.trial.url)
         reached = lab.ask("last_step", storm.trial.url)
         lab.repair()
+        storm.trial.lengthen_steps(0)
         calm = Trial(lab, "calm", steps=reached, recipe=RECIPE)
         try:
             calm.start().wait(minutes * 300 + 600)
@@ -254,8 +263,8 @@ def main() -> None:
             "compared_at_step": reached,
             "largest_difference": lab.ask("difference", calm.url, storm.trial.url),
         }
-    settings = {"minutes": minutes, "every_s": every, "pairs": pairs, "seed": seed}
-    how = f"MINUTES={minutes:g} EVERY={every:g} PAIRS={int(pairs)} SEED={seed} make storm"
+    settings = {"minutes": minutes, "every_s": every, "pairs": pairs, "seed": seed, "slower_s": slower}
+    how = f"MINUTES={minutes:g} EVERY={every:g} PAIRS={int(pairs)} SEED={seed} SLOWER={slower:g} make storm"
     write_result("storm-pairs" if pairs else "storm", settings | result, how=how)
     sys.exit(result["largest_difference"] != 0)
 

@@ -4,68 +4,70 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from dreamfleet.datasets.conditions import check_condition
 from dreamfleet.datasets.config_base import Section, as_list
 from dreamfleet.datasets.path_field import PathField
+from dreamfleet.datasets.set_config import CAPTION_EXTENSIONS as CAPTION_EXTENSIONS
+from dreamfleet.datasets.set_config import Concept as Concept
+from dreamfleet.datasets.set_config import ImageDir, ImageSet, SetOptions, also
 
 # Pillow itself rejects larger images (twice its warning limit), so larger values would have no effect.
 MAX_PIXELS = 178_956_970
-CAPTION_EXTENSIONS = (".txt", ".caption")
 MOST_CLASSES = 1000  # maximum number of classes of labelled images
 
 
-# must_exist and compared are false because images are checked and compared when they are indexed.
-ImageDir = Annotated[str, PathField("images", must_exist=False, compared=False), Field(min_length=1)]
-
-
-def _also(name: str, *others: str) -> AliasChoices:
-    return AliasChoices(name, *others)
-
-
-class Concept(Section):
-    """One subject: its images and prompt, and the images and prompt of its class."""
-
-    instance_data_dir: ImageDir
-    instance_prompt: str | None = None
-    class_data_dir: ImageDir | None = None
-    class_prompt: str | None = None
-    repeats: int = Field(default=1, ge=1, validation_alias=_also("repeats", "num_repeats"))
-    mask_dir: ImageDir | None = Field(
-        default=None, validation_alias=_also("mask_dir", "conditioning_data_dir", "mask_path")
-    )
-
-    @model_validator(mode="after")
-    def _class_has_prompt(self) -> Self:
-        if self.class_data_dir and not self.class_prompt:
-            raise ValueError(
-                f"class_data_dir {self.class_data_dir!r} without class_prompt: set it to a description of its images, "
-                "such as class_prompt: 'a photo of a dog'"
-            )
-        return self
-
-
 class DataConfig(Section):
-    """The `data:` section. Exactly one of `instance_data_dir`, `train_data_dir` and `concepts_list` names the images.
+    """The `data:` section. One of `sets`, `instance_data_dir`, `train_data_dir` and `concepts_list` names the images.
 
-    Each is a folder, a bucket address, or a URL that a source of an installed package reads. `train_data_dir` either
+    Each is a folder, a bucket address, or anything else that an image source reads. `train_data_dir` either
     has kohya's layout (`10_sks dog/` means 10 repeats and the prompt `sks dog`; `class_data_dir`, also spelled
     `reg_data_dir`, then contains `1_dog/`), or is a plain folder with a metadata table or caption files. An image's own
     caption has priority over `instance_prompt`, unless `use_captions` is false.
     """
 
     instance_data_dir: ImageDir | None = Field(
-        default=None, validation_alias=_also("instance_data_dir", "image_dir")
+        default=None, validation_alias=also("instance_data_dir", "image_dir")
     )
     instance_prompt: str | None = Field(
-        default=None, validation_alias=_also("instance_prompt", "class_tokens", "trigger_word")
+        default=None, validation_alias=also("instance_prompt", "class_tokens", "trigger_word")
     )
     class_data_dir: ImageDir | None = Field(
-        default=None, validation_alias=_also("class_data_dir", "reg_data_dir")
+        default=None, validation_alias=also("class_data_dir", "reg_data_dir")
     )
     class_prompt: str | None = None
     train_data_dir: ImageDir | None = None
     concepts_list: Annotated[list[Concept] | str | None, PathField("file")] = None
+    sets: list[ImageSet] | None = Field(
+        default=None,
+        description="several image sets of any layout; the keys above are the short form for one",
+    )
+
+    where: str | None = Field(
+        default=None,
+        min_length=1,
+        description="images to use, such as `aspect < 2 and tags has 'cat'`; see [Image sets](datasets.md#filters)",
+    )
+    min_size: int | None = Field(
+        default=None, ge=1, description="images whose shorter side has fewer pixels are not used"
+    )
+    duplicates: Literal["keep", "exact", "near"] = Field(
+        default="keep",
+        description="exact: use only the first of identical files; near: also only the first of images whose "
+        "perceptual hashes differ in at most `near_distance` bits",
+    )
+    near_distance: int = Field(default=4, ge=0, le=16, description="of 64 bits; for duplicates: near")
+    max_bad_fraction: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="a larger share of unusable images is an error; they are left out otherwise",
+    )
+    allow_private_urls: bool = Field(
+        default=False,
+        description="read images at http(s) addresses of private networks, and at addresses with a login",
+    )
 
     caption_extension: Annotated[list[str], BeforeValidator(as_list)] = Field(
         default=list(CAPTION_EXTENSIONS)
@@ -86,7 +88,7 @@ class DataConfig(Section):
         description="text before every caption, separated by a space; these options do not apply to class images",
     )
     caption_suffix: str = Field(default="", description="text after every caption, separated by a space")
-    shuffle_tags: bool = Field(default=False, validation_alias=_also("shuffle_tags", "shuffle_caption"))
+    shuffle_tags: bool = Field(default=False, validation_alias=also("shuffle_tags", "shuffle_caption"))
     keep_tokens: int = Field(default=0, ge=0)
     keep_tokens_separator: str = Field(
         default="",
@@ -97,19 +99,19 @@ class DataConfig(Section):
         default=0.0,
         ge=0,
         le=1,
-        validation_alias=_also("tag_dropout", "caption_tag_dropout_rate", "tag_drop_out"),
+        validation_alias=also("tag_dropout", "caption_tag_dropout_rate", "tag_drop_out"),
     )
     caption_dropout: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        validation_alias=_also("caption_dropout", "caption_dropout_rate", "proportion_empty_prompts"),
+        validation_alias=also("caption_dropout", "caption_dropout_rate", "proportion_empty_prompts"),
     )
 
     resolution: int = Field(default=512, ge=8, le=8192)
     center_crop: bool = True
-    random_flip: bool = Field(default=False, validation_alias=_also("random_flip", "flip_aug"))
-    repeats: int = Field(default=1, ge=1, validation_alias=_also("repeats", "num_repeats"))
+    random_flip: bool = Field(default=False, validation_alias=also("random_flip", "flip_aug"))
+    repeats: int = Field(default=1, ge=1, validation_alias=also("repeats", "num_repeats"))
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MAX_PIXELS)
 
     enable_bucket: bool = Field(
@@ -127,14 +129,14 @@ class DataConfig(Section):
 
     alpha_mask: bool = Field(
         default=False,
-        validation_alias=_also("alpha_mask", "masked_loss", "use_weight", "use_att_map"),
+        validation_alias=also("alpha_mask", "masked_loss", "use_weight", "use_att_map"),
         description="weight the loss over each image by its mask (in mask_dir, or NAME.mask.png), else by "
         "DreamArtist's attention map (NAME_att.png: black 0, mid-grey 1, white 5), else by its alpha channel; the mean "
         "weight is 1, so an opaque image trains as without this option",
     )
     mask_dir: ImageDir | None = Field(
         default=None,
-        validation_alias=_also("mask_dir", "conditioning_data_dir", "mask_path"),
+        validation_alias=also("mask_dir", "conditioning_data_dir", "mask_path"),
         description="folder of masks with the names of the images: greyscale, white has full weight",
     )
 
@@ -161,34 +163,57 @@ class DataConfig(Section):
         "half the space",
     )
     latent_sampling: Literal["random", "once", "deterministic"] = Field(
-        default="random", validation_alias=_also("latent_sampling", "latent_sampling_method")
+        default="random", validation_alias=also("latent_sampling", "latent_sampling_method")
     )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        places = ("instance_data_dir", "train_data_dir", "concepts_list")
+        places = ("instance_data_dir", "train_data_dir", "concepts_list", "sets")
         given = [name for name in places if getattr(self, name) is not None]
         if len(given) != 1:
             what = "no images are given" if not given else f"{' and '.join(given)} are both set"
             raise ValueError(
                 f"{what}: set exactly one of instance_data_dir (one subject), train_data_dir (kohya folders "
-                "or captioned images), concepts_list (several subjects)"
+                "or captioned images), concepts_list (several subjects), sets (several sets of any layout)"
             )
-        if self.concepts_list is not None:
-            if not self.concepts_list:
-                raise ValueError("concepts_list is empty: list at least one concept with instance_data_dir")
+        for name in ("concepts_list", "sets"):
+            if getattr(self, name) is None:
+                continue
+            if not getattr(self, name):
+                one = "concept with instance_data_dir" if name == "concepts_list" else "set with source"
+                raise ValueError(f"{name} is empty: list at least one {one}")
             for_one = ("instance_prompt", "class_data_dir", "class_prompt", "mask_dir")
-            extra = [name for name in for_one if getattr(self, name) is not None]
-            if extra:
-                raise ValueError(
-                    f"{', '.join(extra)} together with concepts_list: set it in each concept instead"
-                )
+            if extra := [other for other in for_one if getattr(self, other) is not None]:
+                raise ValueError(f"{', '.join(extra)} together with {name}: set it in each entry instead")
         if self.instance_data_dir and self.class_data_dir and not self.class_prompt:
             raise ValueError(
                 f"class_data_dir {self.class_data_dir!r} without class_prompt: set it to a description of its images, "
                 "such as class_prompt: 'a photo of a dog'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _weights_are_complete(self) -> Self:
+        sets = [one for one in self.sets or () if not one.is_reg]
+        if self.sets and not sets:
+            raise ValueError("sets: every entry has is_reg: true; add a set of training images")
+        weighted = [one for one in sets if one.weight is not None]
+        if weighted and len(weighted) < len(sets):
+            raise ValueError(
+                "sets: some entries have a weight and others have none; give all a weight, or repeats"
+            )
+        if repeated := [one.source for one in weighted if one.repeats > 1]:
+            raise ValueError(f"sets: {repeated[0]} has both weight and repeats; keep one")
+        if self.where is not None:
+            check_condition(self.where)
+        for one in sets:
+            if one.where is not None:
+                check_condition(one.where)
+        return self
+
+    def for_set(self, options: SetOptions) -> DataConfig:
+        """Return the section with the options that a set overrides."""
+        return self.model_copy(update=changed) if (changed := options.overrides) else self
 
     @model_validator(mode="after")
     def _extensions_are_suffixes(self) -> Self:
@@ -218,7 +243,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _masks_are_used(self) -> Self:
         concepts = self.concepts_list if isinstance(self.concepts_list, list) else []
-        if not self.alpha_mask and (self.mask_dir or any(concept.mask_dir for concept in concepts)):
+        if not self.alpha_mask and (
+            self.mask_dir or any(one.mask_dir for one in (*concepts, *(self.sets or ())))
+        ):
             raise ValueError("mask_dir without alpha_mask: set alpha_mask: true, or remove mask_dir")
         return self
 

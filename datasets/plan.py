@@ -37,8 +37,9 @@ class BatchPlan:
     """Returns the draws of each step: of instance images and, with prior preservation, of class images.
 
     ``concepts[i]`` is the concept of instance row i, ``repeats[i]`` its number of uses per epoch and ``buckets[i]`` its
-    bucket (default: one bucket for all). ``class_concepts[j]`` is the concept of class row j; it is empty without prior
-    preservation.
+    bucket (default: one bucket for all). Repeats may have a fraction: of n rows with the fraction f, the same concept
+    and the same bucket, about f * n get one more use in an epoch, all of them equally often in the course of epochs.
+    ``class_concepts[j]`` is the concept of class row j; it is empty without prior preservation.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class BatchPlan:
         *,
         seed: int,
         global_batch: int,
-        repeats: Sequence[int] | None = None,
+        repeats: Sequence[float] | None = None,
         buckets: Sequence[int] | None = None,
         class_concepts: Sequence[int] = (),
     ):
@@ -56,13 +57,17 @@ class BatchPlan:
         if global_batch < 1:
             raise ValueError(f"global batch must be at least 1, got {global_batch}")
         self.seed, self.global_batch = seed, global_batch
-        counts = np.ones(len(concepts), np.int64) if repeats is None else np.asarray(repeats, np.int64)
-        self._rows = np.repeat(np.arange(len(concepts)), counts)
-        # Each repeat within an epoch gets its own noise, so draws are numbered by uses instead of epochs.
-        self._uses = np.concatenate([np.arange(count) for count in counts])
-        self._repeats = counts
+        wanted = np.ones(len(concepts)) if repeats is None else np.asarray(repeats, float)
+        counts = np.floor(wanted).astype(np.int64)
         self._concepts = np.asarray(concepts, np.int64)
         homes = np.zeros(len(concepts), np.int64) if buckets is None else np.asarray(buckets, np.int64)
+        self._turned = _Turns(wanted - counts, self._concepts, homes)
+        rows = np.repeat(np.arange(len(concepts)), counts)
+        # Each repeat within an epoch gets its own noise, so draws are numbered by uses instead of epochs.
+        uses = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._rows = np.concatenate([rows, self._turned.rows])
+        self._uses = np.concatenate([uses, np.full(len(self._turned.rows), -1)])
+        self._repeats = counts
         self._slots = [np.flatnonzero(homes[self._rows] == bucket) for bucket in np.unique(homes)]
         self._classes = {
             int(c): np.flatnonzero(np.asarray(class_concepts) == c) for c in np.unique(self._concepts)
@@ -154,8 +159,11 @@ class BatchPlan:
     def _draw(self, bucket: int, position: int) -> Draw:
         epoch, offset = divmod(position, len(self._slots[bucket]))
         slot = self._order(bucket, epoch)[offset]
-        row = int(self._rows[slot])
-        return Draw(row, int(epoch * self._repeats[row] + self._uses[slot]))
+        row, use = int(self._rows[slot]), int(self._uses[slot])
+        if use < 0:
+            row, more = self._turned.turn(int(slot) - len(self._rows), epoch)
+            return Draw(row, (epoch + 1) * int(self._repeats[row]) + more)
+        return Draw(row, epoch * int(self._repeats[row]) + use + self._turned.before(row, epoch))
 
     def _class_draw(self, position: int) -> Draw:
         # The class draw is the concept's n-th class image, where n is the number of earlier draws of the concept.
@@ -165,3 +173,43 @@ class BatchPlan:
         earlier = epoch * int(self._shares[concept]) + int(before[offset])
         class_epoch, class_offset = divmod(earlier, len(self._classes[concept]))
         return Draw(int(self._class_order(concept, class_epoch)[class_offset]), class_epoch)
+
+
+class _Turns:
+    """The uses beyond whole repeats: rows of a group (concept, bucket and fraction) take turns in a fixed order.
+
+    ``rows`` has one entry for each such use in an epoch: a row of its group, from which concept and bucket follow.
+    """
+
+    def __init__(self, fractions: np.ndarray, concepts: np.ndarray, homes: np.ndarray):
+        self._groups: list[tuple[np.ndarray, int]] = []  # rows of a group, its uses per epoch
+        self._places: dict[int, tuple[int, int]] = {}  # row -> group, place in it
+        owners: list[int] = []
+        some = np.flatnonzero(fractions > 1e-9)
+        keys = np.stack([concepts[some], homes[some], np.round(fractions[some] * 1e9)], axis=1)
+        _, inverse = np.unique(keys, axis=0, return_inverse=True)
+        for group in range(int(inverse.max()) + 1 if len(some) else 0):
+            rows = some[inverse.reshape(-1) == group]
+            uses = round(float(fractions[rows[0]]) * len(rows))
+            if uses:
+                self._places |= {int(row): (len(self._groups), place) for place, row in enumerate(rows)}
+                owners += [len(self._groups)] * uses
+                self._groups.append((rows, uses))
+        self._owners = owners
+        starts = np.cumsum([0, *(uses for _, uses in self._groups)])
+        self._numbers = [number - int(starts[owner]) for number, owner in enumerate(owners)]
+        self.rows = np.asarray([self._groups[owner][0][0] for owner in owners], np.int64)
+
+    def turn(self, slot: int, epoch: int) -> tuple[int, int]:
+        """Return the row of a use in an epoch, and how many such uses the row had before; ``slot`` is negative."""
+        rows, uses = self._groups[self._owners[slot]]
+        earlier, place = divmod(epoch * uses + self._numbers[slot], len(rows))
+        return int(rows[place]), earlier
+
+    def before(self, row: int, epoch: int) -> int:
+        """Return the number of such uses of a row before an epoch."""
+        if row not in self._places:
+            return 0
+        group, place = self._places[row]
+        rows, uses = self._groups[group]
+        return (epoch * uses - place + len(rows) - 1) // len(rows)

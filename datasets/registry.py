@@ -103,13 +103,17 @@ class Registry(Generic[T]):
 class EntryName:
     """A pydantic validator of names of entries; the recipe reference lists the names in its ``registry``."""
 
-    def __init__(self, registry: Registry[Any]):
-        self.registry = registry
+    def __init__(self, registry: Registry[Any], *, loads: bool = True):
+        self.registry, self.loads = registry, loads
 
     def __call__(self, name: str) -> str:
-        """Return the name. Raises ValueError if there is no such entry or it cannot be loaded."""
+        """Return the name. Raises ValueError if there is no such entry or it cannot be loaded.
+
+        Without ``loads``, entries that exist are not imported, as their modules may need torch.
+        """
         try:
-            self.registry.get(name)
+            if self.loads or name not in self.registry:
+                self.registry.get(name)
         except UserError as error:
             raise ValueError(str(error)) from error
         return name

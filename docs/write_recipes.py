@@ -12,10 +12,12 @@ from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
 from dreamfleet.datasets.registry import EntryName
+from dreamfleet.datasets.set_config import SetOptions
 from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.engines import ENGINES
 from dreamfleet.trainers.config.method import METHODS
 from dreamfleet.trainers.config.metrics import METRICS, NEEDS, Figure, Metric
+from dreamfleet.trainers.config.optimizers import OPTIMIZERS
 from dreamfleet.trainers.config.search import Domain
 from dreamfleet.trainers.recipe import Recipe
 
@@ -80,12 +82,6 @@ DESCRIPTIONS = {
     "data.resident_limit_mb": "size above which `auto` streams",
     "data.cache_latents": "encode each image once instead of at every step",
     "data.latent_sampling": "sample the VAE's posterior at each use or once, or use its mean",
-    "Concept.instance_data_dir": "as in [data](#data), for this concept",
-    "Concept.instance_prompt": "as in [data](#data)",
-    "Concept.class_data_dir": "as in [data](#data)",
-    "Concept.class_prompt": "as in [data](#data)",
-    "Concept.repeats": "as in [data](#data)",
-    "Concept.mask_dir": "as in [data](#data)",
 }
 
 
@@ -109,7 +105,7 @@ def type_words(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return (
             f"[{annotation.__name__}](#{annotation.__name__.lower()})"
-            if annotation.__name__ in ("Concept", "Domain")
+            if annotation.__name__ in ("Concept", "Domain", "ImageSet")
             else "section"
         )
     words = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", Path: "path"}
@@ -149,8 +145,12 @@ def table(model: type[BaseModel], section: str) -> str:
         alias = info.validation_alias
         others = [str(a) for a in alias.choices if a != name] if isinstance(alias, AliasChoices) else []
         also = "also " + ", ".join(f"`{a}`" for a in others) if others else ""
-        what = type_words(info.annotation) + (f", {limits}" if (limits := bounds(info)) else "")
+        what = type_words(typing.Annotated[info.annotation, None, *info.metadata]) + (
+            f", {limits}" if (limits := bounds(info)) else ""
+        )
         said = info.description or DESCRIPTIONS.get(f"{section}.{name}")
+        if not said and issubclass(model, SetOptions):
+            said = "as in [data](#data), for these images"
         if name == "name":
             said = said or "the method"
         if section == "recipe":
@@ -180,6 +180,8 @@ def write() -> str:
             nested |= inner_models(section)
         if name == "validation":
             parts.append(metrics_table())
+        if name == "optimizer":
+            parts += optimizers()
         if name == "engine":
             parts += engines()
         if name == "search":
@@ -270,6 +272,23 @@ def engines() -> list[str]:
         if engine.Options.model_fields
     ]
     return ["\n`name` selects the engine:\n", *lines, *options]
+
+
+def optimizers() -> list[str]:
+    """Return lines that list the values of ``optimizer.name`` and the keys of ``optimizer.options``."""
+    lines = [
+        "\n### optimizers\n",
+        "[Optimizers](optimizers.md) compares them. Installed packages can [add more](extending.md#an-optimizer).\n",
+        "| `optimizer.name` | description | `optimizer.options` |",
+        "| --- | --- | --- |",
+    ]
+    shown: dict[type[BaseModel], str] = {}
+    for name, kind in OPTIMIZERS.items():
+        title = shown.setdefault(kind.Options, f"Options of {name}")
+        link = "#" + title.lower().replace(" ", "-")
+        lines.append(f"| `{name}` | {kind.summary} | [{len(kind.Options.model_fields)} keys]({link}) |")
+    tables = [f"\n### {title}\n\n" + table(options, "options") for options, title in shown.items()]
+    return [*lines, *tables]
 
 
 def inner_models(model: type[BaseModel]) -> dict[str, type[BaseModel]]:

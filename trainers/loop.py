@@ -179,7 +179,7 @@ class Progress:
         self._unlogged = (done, norm, rates)
         self.watch.require_finite(done)
         self.watch.require_gradient(done)
-        hooks.log({"step": done, **self.meter.read(norm), "lr": rates})
+        hooks.log({"step": done, **self.meter.read(norm), **self._describe(rates)})
         self._unlogged = None
 
     def line_alone(self) -> dict[str, Any] | None:
@@ -187,7 +187,16 @@ class Progress:
         unlogged, self._unlogged = self._unlogged, None
         if unlogged is None or unlogged[0] != self.done:
             return None
-        return {"step": unlogged[0], **self.meter.read(unlogged[1], alone=True), "lr": unlogged[2]}
+        return {
+            "step": unlogged[0],
+            **self.meter.read(unlogged[1], alone=True),
+            **self._describe(unlogged[2]),
+        }
+
+    def _describe(self, rates: dict[str, float]) -> dict[str, dict[str, float]]:
+        """Return the entries of a line of metrics for the learning rates of the last step."""
+        effective = self.engine.effective_rates()
+        return {"lr": rates, "effective_lr": effective} if effective else {"lr": rates}
 
 
 class _Loop:

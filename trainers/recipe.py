@@ -73,6 +73,11 @@ class Recipe(Section):
         return self.output_dir.rstrip("/").rpartition("/")[2]
 
     @property
+    def keeps_average(self) -> bool:
+        """Whether averaged weights are evaluated and exported: EMA weights, or the optimizer's own average."""
+        return self.engine.use_ema or self.optimizer.kind.average is not None
+
+    @property
     def excluded_folders(self) -> dict[str, str]:
         """Descriptions of the folders with images that the run does not train on, by folder."""
         folders = {self.output_dir: "the run's output_dir"}

@@ -14,6 +14,7 @@ from typing import Any
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.config.optimizers import OPTIMIZERS
 from dreamfleet.trainers.report import formatting
 from dreamfleet.tune.trial_store import Trial, TrialStore
 
@@ -65,7 +66,11 @@ class Retention:
         run = self.store.folder.child(trial.folder)
         before = _size(run)
         try:
-            has_ema = bool(trial.point.get("engine.use_ema", self.store.recipe.engine.use_ema))
+            recipe = self.store.recipe
+            optimizer = OPTIMIZERS.get(str(trial.point.get("optimizer.name", recipe.optimizer.name)))
+            has_ema = bool(trial.point.get("engine.use_ema", recipe.engine.use_ema)) or bool(
+                optimizer.average
+            )
             kept = _prune_checkpoints(run, trial.best_step if keeps else None, has_ema=has_ema)
             if not keeps:
                 run.remove("exports")

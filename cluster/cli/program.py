@@ -36,6 +36,7 @@ from dreamfleet.cluster.cli.base import (
     resume_command,
     work,
 )
+from dreamfleet.cluster.cli.import_config import Imports, Maps, Out, Program, import_config
 
 
 def train(
@@ -107,9 +108,30 @@ def check(
 
 
 def config(
-    recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A recipe (YAML file), local or s3://.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    imports: Imports = None,
+    out: Out = None,
+    maps: Maps = None,
+    program: Program = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Print the resolved recipe, without running it."""
+    """Print the resolved recipe, without running it; or translate the config of another trainer into a recipe."""
+    if imports:
+        if recipe is not None:
+            raise typer.BadParameter(
+                f"{recipe}: with --import no recipe is read; override values when you train"
+            )
+        import_config(imports, out=out, maps=maps, program=program, as_json=as_json)
+        return
+    if recipe is None or out or maps or program:
+        raise typer.BadParameter(
+            "give a RECIPE, or --import FILE; --out, --map and --from belong to --import"
+        )
     with work():
         from dreamfleet.trainers.recipe import load_recipe
 

@@ -36,6 +36,9 @@ from dreamfleet.trainers.driver.session import RaySession
 
 TICK_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0  # so long a run waits for room before it preempts others
+RELEASE_SECONDS = (
+    60.0  # the same after others have made room: Ray takes a while to free what an ended job held
+)
 GROWTH_SECONDS = 300.0  # the same on a cluster that can start machines
 
 Say = Callable[[str], None]
@@ -47,6 +50,7 @@ class Queue:
     def __init__(self, folder: QueueFolder, server: JobServer, gangs: Gangs, say: Say):
         self.folder, self.server, self.gangs, self.say = folder, server, gangs, say
         self._starting: str | None = None  # ID of the run whose room is reserved until it asks for its own
+        self._room_made_for: str | None = None  # ID of the run for which others were preempted
         self._shown = ""
 
     def tick(self) -> bool:
@@ -121,7 +125,7 @@ class Queue:
     def _preempt(
         self, wanted: Entry, entries: Sequence[Entry], placed: Mapping[str, bool | None]
     ) -> list[Entry]:
-        if self.gangs.waited < (GROWTH_SECONDS if self.gangs.session.growth_limit() else PATIENCE_SECONDS):
+        if self.gangs.waited < self._patience(wanted):
             return []
         running = [
             (entry, self.gangs.needs(entry, self._scaling(entry)) if placed.get(entry.id) else {})
@@ -135,7 +139,14 @@ class Queue:
                 f"{entry.id} (priority {entry.priority}) saves and makes room for {wanted.id} ({wanted.priority})"
             )
             self.server.stop(entry.job)
+            self._room_made_for = wanted.id
         return [replace(entry, state="PREEMPTING") for entry in chosen]
+
+    def _patience(self, wanted: Entry) -> float:
+        """Return the seconds that a run waits for room before it preempts others."""
+        if self.gangs.session.growth_limit():
+            return GROWTH_SECONDS
+        return RELEASE_SECONDS if self._room_made_for == wanted.id else PATIENCE_SECONDS
 
     def _scaling(self, entry: Entry) -> Callable[[], ScalingConfig]:
         def read() -> ScalingConfig:

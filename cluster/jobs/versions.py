@@ -26,7 +26,10 @@ def read_versions(packages: list[str]) -> dict[str, str | None]:
 
 
 def ask_nodes(packages: list[str]) -> dict[str, dict[str, Any]]:
-    """Return for each node, by ID: its ``address``, and its ``versions``, or None if it does not answer in a minute."""
+    """Return for each node, by ID: its ``address``, and its ``versions``, or None if it does not answer in a minute.
+
+    A node that is lost meanwhile does not answer either.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -39,7 +42,10 @@ def ask_nodes(packages: list[str]) -> dict[str, dict[str, Any]]:
     done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
     answers = {}
     for node, reference in asked.items():
-        found = ray.get(reference) if reference in done else None
+        try:
+            found = ray.get(reference) if reference in done else None
+        except ray.exceptions.RayError:
+            found = None
         answers[node] = {"address": nodes[node], "versions": found}
     return answers
 

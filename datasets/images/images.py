@@ -40,6 +40,7 @@ class Header(NamedTuple):
     width: int
     height: int
     format: str
+    orientation: int = 1  # EXIF; 1 for formats whose reader applies it
 
 
 class Placed(NamedTuple):
@@ -88,7 +89,7 @@ def read_header(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Heade
             orientation = _orientation(image)
         if orientation >= 5:
             width, height = height, width
-        return Header(width, height, str(image.format))
+        return Header(width, height, str(image.format), orientation)
 
 
 def check_image(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> None:

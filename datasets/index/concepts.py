@@ -1,4 +1,4 @@
-"""Lists the concepts (subjects) that a recipe's `data:` section describes, without reading images."""
+"""Lists the concepts (subjects, or image sets) that a recipe's `data:` section describes, without reading images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.index.set_concepts import concepts_of_sets
 from dreamfleet.datasets.index.sources import FOLDER, find_source, one_concept
 from dreamfleet.datasets.path_field import resolve_paths
 from dreamfleet.datasets.storage.storage import read_text
@@ -18,6 +19,8 @@ def load_concepts(data: DataConfig) -> list[Concept]:
 
     Raises DataError for an invalid concepts list.
     """
+    if data.sets is not None:
+        return concepts_of_sets(data)
     if isinstance(data.concepts_list, str):
         source = find_source(data.concepts_list)
         if source.name != FOLDER:

@@ -16,6 +16,7 @@ from dreamfleet.datasets.index.sources import find_source
 from dreamfleet.datasets.storage.storage import Storage
 
 FILE = "files.parquet"
+_REMEMBERED = ("uri", "mask", "mask_sha256", *FileInfo._fields)
 
 
 class KnownFiles:
@@ -36,20 +37,25 @@ class KnownFiles:
         stamp, seen = self._seen.get(uri, ("", None))
         return seen if seen is not None and stamp == self._stamps.get(uri) else None
 
-    def remember(self, index: Index) -> None:
-        """Add the files of an index and write ``files.parquet`` if anything changed."""
+    def remember(self, images: Index | pa.Table) -> None:
+        """Add the files of an index, or of a set's table, and write ``files.parquet`` if anything changed."""
         found = dict(self._seen)
-        for row in index.rows():
-            if stamp := self._stamps.get(row.uri):
-                found[row.uri] = stamp, FileInfo(row.sha256, row.width, row.height)
-            if row.mask and row.mask_sha256 and (stamp := self._stamps.get(row.mask)):
-                found[row.mask] = stamp, FileInfo(row.mask_sha256)
+        table = images.table if isinstance(images, Index) else images
+        columns = {name: table.column(name).to_pylist() for name in _REMEMBERED if name in table.column_names}
+        for number, uri in enumerate(columns["uri"]):
+            if stamp := self._stamps.get(uri):
+                facts = {name: columns[name][number] for name in FileInfo._fields if name in columns}
+                older = found[uri][1] if found.get(uri, ("",))[0] == stamp else FileInfo("")
+                found[uri] = stamp, older._replace(**{name: v for name, v in facts.items() if v is not None})
+            mask, digest = columns["mask"][number], columns["mask_sha256"][number]
+            if mask and digest and (stamp := self._stamps.get(mask)):
+                found[mask] = stamp, FileInfo(digest)
         if found == self._seen:
             return
-        columns: dict[str, list[Any]] = {"uri": list(found), "stamp": [stamp for stamp, _ in found.values()]}
-        columns |= {name: [getattr(seen, name) for _, seen in found.values()] for name in FileInfo._fields}
+        stored: dict[str, list[Any]] = {"uri": list(found), "stamp": [stamp for stamp, _ in found.values()]}
+        stored |= {name: [getattr(seen, name) for _, seen in found.values()] for name in FileInfo._fields}
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns), sink, compression="zstd")
+        pq.write_table(pa.table(stored), sink, compression="zstd")
         self._cache.write_bytes(FILE, sink.getvalue().to_pybytes())
         self._seen = found
 
@@ -74,9 +80,12 @@ def _read(cache: Storage) -> dict[str, tuple[str, FileInfo]]:
         return {}
     try:
         table = pq.read_table(pa.BufferReader(cache.read_bytes(FILE)))
-        columns = [table.column(name).to_pylist() for name in ("uri", "stamp", *FileInfo._fields)]
+        names = [name for name in FileInfo._fields if name in table.column_names]  # older files lack some
+        columns = [table.column(name).to_pylist() for name in ("uri", "stamp", *names)]
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(
             f"{cache.path(FILE)} is broken ({error}). Remove it; it will be written again"
         ) from error
+    if not {"sha256", "width", "height"} <= set(names):
+        raise DataError(f"{cache.path(FILE)} is broken. Remove it; it will be written again")
     return {uri: (stamp, FileInfo(*values)) for uri, stamp, *values in zip(*columns, strict=True)}

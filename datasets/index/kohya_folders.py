@@ -91,7 +91,7 @@ def kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> lis
     concepts = []
     for folder, repeats, name in subsets:
         prompt = name or data.instance_prompt
-        class_folder, class_prompt = _class_of(name, regs, alone=len(subsets) == 1)
+        class_folder, class_prompt = class_of(name, regs, alone=len(subsets) == 1)
         concepts.append(
             Concept(
                 instance_data_dir=folder,
@@ -114,7 +114,7 @@ def kohya_concepts(data: DataConfig, subsets: list[tuple[str, int, str]]) -> lis
     return concepts
 
 
-def _class_of(name: str, regs: list[tuple[str, int, str]], *, alone: bool) -> tuple[str | None, str | None]:
+def class_of(name: str, regs: list[tuple[str, int, str]], *, alone: bool) -> tuple[str | None, str | None]:
     """Return folder and prompt of the class whose name is the longest suffix of ``name``: "dog" for "sks dog".
 
     Without a match, a single class folder is used, or for a single instance folder (``alone``) the first one.

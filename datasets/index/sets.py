@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from dreamfleet.datasets.buckets import MOST_ENLARGED
 from dreamfleet.datasets.config import Concept, DataConfig
-from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.concepts import load_concepts
-from dreamfleet.datasets.index.exclusions import CLASS, MASKS, TRAINED_ON, BadFile
+from dreamfleet.datasets.index.exclusions import MASKS, TRAINED_ON, BadFile
+from dreamfleet.datasets.index.filters import rules_of
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.index import Index, Known, build_index
+from dreamfleet.datasets.index.mapping import Mapper, in_threads
+from dreamfleet.datasets.index.scan_options import excluded_folders, places, scan_options
+from dreamfleet.datasets.index.set_store import set_folder, store, stored_columns, stored_phashes
+from dreamfleet.datasets.index.set_table import build_set
 from dreamfleet.datasets.index.sources import FOLDER, ScanOptions, find_source
 from dreamfleet.datasets.storage.storage import Storage
 
@@ -41,12 +47,16 @@ def load_sets(
     verify: bool | None = None,
     known: Known | None = None,
     excluded: Mapping[str, str] = MappingProxyType({}),
+    keep: bool = False,
+    mapper: Mapper = in_threads,
 ) -> Sets:
     """Index all training images that a recipe names; its paths must be absolute.
 
     The repeats of a row are those of its concept (for example from kohya's folder name) times `data.repeats`. Class
     images are returned as folders without an index, since they may not exist yet. Files that `known` recognises are not
-    read. Subfolders that the recipe names for another purpose are skipped: class images, masks, and `excluded`
+    read. Images that filters exclude (``data.where``, ``min_size``, ``duplicates``) are counted in ``excluded``.
+    ``keep``: store the tables of the sets in ``data.cache_dir``. ``mapper`` calls a function for many images.
+    Subfolders that the recipe names for another purpose are skipped: class images, masks, and `excluded`
     (address -> purpose). Raises DataError as build_index does.
     """
     concepts = load_concepts(data)
@@ -54,14 +64,8 @@ def load_sets(
     if data.caption_column:
         _require_table(data.caption_column, concepts, others)
     indexes = [
-        build_index(
-            concept.instance_data_dir,
-            ScanOptions(data.caption_extension, data.caption_column, concept.mask_dir, excluded=others),
-            concept=number,
-            repeats=concept.repeats * data.repeats,
-            max_pixels=data.max_pixels,
-            verify=verify,
-            known=known,
+        _index(
+            concept, data, number=number, others=others, verify=verify, known=known, keep=keep, mapper=mapper
         )
         for number, concept in enumerate(concepts)
     ]
@@ -70,7 +74,53 @@ def load_sets(
         for number, concept in enumerate(concepts)
         if concept.class_prompt is not None
     ]
-    return Sets(_large_enough(Index.concat(indexes), data), class_sets, concepts)
+    weighted = weigh(indexes, [concept.weight for concept in concepts])
+    return Sets(_large_enough(Index.concat(weighted), data), class_sets, concepts)
+
+
+def _index(
+    concept: Concept,
+    data: DataConfig,
+    *,
+    number: int,
+    others: Mapping[str, str],
+    verify: bool | None,
+    known: Known | None,
+    keep: bool,
+    mapper: Mapper,
+) -> Index:
+    """Return the index of one concept's images. Raises DataError if none is usable or too many are bad."""
+    folder = set_folder(concept.instance_data_dir, data)
+    rules = rules_of(data, concept.where)
+    built = build_set(
+        concept.instance_data_dir,
+        scan_options(concept, data, others, mapper),
+        max_pixels=data.max_pixels,
+        verify=verify,
+        known=known,
+        rules=rules,
+        columns=stored_columns(folder) if rules.conditions else (),
+        phashes=stored_phashes(folder) if rules.needs_phash else {},
+    )
+    if keep:
+        store(built, folder)
+    elif rules.needs_phash and data.cache_dir is None:
+        with suppress(StorageError):  # a cache that cannot be written costs time only
+            store(built, folder)
+    built.require_images(max_bad_fraction=data.max_bad_fraction)
+    return built.index(concept=number, repeats=concept.repeats * data.repeats)
+
+
+def weigh(indexes: Sequence[Index], weights: Sequence[float | None]) -> list[Index]:
+    """Return indexes with the repeats that give each its weight in the images of an epoch.
+
+    Every image is used at least once per epoch. Without weights the indexes are returned as they are.
+    """
+    if not any(weights):
+        return list(indexes)
+    shares = [(weight or 0) / len(index) for index, weight in zip(indexes, weights, strict=True)]
+    least = min(shares)
+    return [index.with_uses(share / least) for index, share in zip(indexes, shares, strict=True)]
 
 
 def _require_table(column: str, concepts: Sequence[Concept], others: Mapping[str, str]) -> None:
@@ -85,11 +135,6 @@ def _require_table(column: str, concepts: Sequence[Concept], others: Mapping[str
         )
 
 
-def excluded_folders(concepts: Sequence[Concept], excluded: Mapping[str, str]) -> dict[str, str]:
-    """Return the folders that a recipe names for other purposes than training images: address -> purpose."""
-    return {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "class_data_dir", CLASS), **excluded}
-
-
 def load_class_images(
     folder: Storage | str,
     data: DataConfig,
@@ -101,7 +146,7 @@ def load_class_images(
     """Index the class images in a folder and its subfolders; None if there are none yet."""
     url = folder.url if isinstance(folder, Storage) else folder
     concepts = load_concepts(data)
-    others = {**_places(concepts, "mask_dir", MASKS), **_places(concepts, "instance_data_dir", TRAINED_ON)}
+    others = {**places(concepts, "mask_dir", MASKS), **places(concepts, "instance_data_dir", TRAINED_ON)}
     options = ScanOptions(data.caption_extension, excluded=others)
     if not find_source(url).count(url, options):
         return None
@@ -112,7 +157,7 @@ def load_class_images(
 
 def load_held_out(folder: str, data: DataConfig) -> Index:
     """Index the held-out images of a recipe; subfolders with training images are skipped."""
-    others = _places(load_concepts(data), "instance_data_dir", TRAINED_ON)
+    others = places(load_concepts(data), "instance_data_dir", TRAINED_ON)
     return build_index(
         folder, ScanOptions(data.caption_extension, excluded=others), max_pixels=data.max_pixels
     )
@@ -145,7 +190,3 @@ def _large_enough(index: Index, data: DataConfig) -> Index:
     large = index.take(kept, [captions[row] for row in kept])
     large.bad = sorted([*index.bad, *bad])
     return large
-
-
-def _places(concepts: Sequence[Concept], key: str, what: str) -> dict[str, str]:
-    return {place: what for concept in concepts if (place := getattr(concept, key)) is not None}

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dreamfleet.datasets.config import CAPTION_EXTENSIONS, Concept, DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.image_formats import ATTENTION_ENDING
 from dreamfleet.datasets.images.masks import Mask
 from dreamfleet.datasets.index.exclusions import BadFile, Skipped
+from dreamfleet.datasets.index.mapping import Mapper, in_threads
 from dreamfleet.datasets.registry import Registry
 from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage, read_uri
@@ -32,7 +33,9 @@ class SourceImage(NamedTuple):
 
     ``uri`` is a local path, a bucket address, or ``NAME://...`` if the source called NAME reads the file itself, for
     example as a byte range of a shard. ``sha256`` is the hash of the image file's bytes. ``width`` and ``height`` are
-    in pixels after the EXIF rotation. ``mask`` is a URI of the same kind as ``uri``.
+    in pixels after the EXIF rotation. ``mask`` is a URI of the same kind as ``uri``. ``name`` is a relative path that
+    tells the images of the source apart, such as `10_cat/a.jpg`; ``columns`` are other facts that the source has about
+    the image, for `data.where`: texts, numbers, booleans and lists of texts.
     """
 
     uri: str
@@ -42,6 +45,11 @@ class SourceImage(NamedTuple):
     height: int = 0
     mask: str | None = None
     mask_sha256: str = ""
+    bytes: int = 0
+    format: str = ""
+    orientation: int = 0
+    name: str = ""
+    columns: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -68,6 +76,8 @@ class ScanOptions:
     mask_dir: str | None = None
     recursive: bool = True
     excluded: Mapping[str, str] = field(default_factory=dict)
+    mapper: Mapper = in_threads  # scans shards and reads images
+    allow_private: bool = False  # read http(s) addresses of private networks, and those with a login
 
 
 class Source(ABC):

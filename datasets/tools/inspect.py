@@ -82,11 +82,11 @@ def survey(
     facts = list(examine_all(rows, data.max_pixels, progress))
     sizes = training_sizes(sets.instances.sizes(), data)
     scales, losses = _scales_and_losses(rows, sizes)
-    captions = [row.caption for row in rows if row.caption and data.use_captions]
+    captions = _used_captions(rows, data, sets)
     lengths = [max(count_tokens(line) for line in caption.splitlines()) for caption in captions]
     found = Survey(
         pictures=len(rows),
-        draws=sum(row.repeats for row in rows),
+        draws=round(sum(row.repeats + row.fraction for row in rows)),
         class_pictures=_class_images(data, sets),
         megapixels=sum(row.width * row.height for row in rows) / 1e6,
         width=_three([row.width for row in rows]),
@@ -146,8 +146,14 @@ def _scales_and_losses(rows: Sequence[Row], sizes: Sequence[Size]) -> tuple[list
     return scales, losses
 
 
+def _used_captions(rows: Sequence[Row], data: DataConfig, sets: Sets) -> list[str]:
+    uses = [data.for_set(concept).use_captions for concept in sets.concepts]
+    return [row.caption for row in rows if row.caption and uses[row.concept]]
+
+
 def _has_caption(row: Row, data: DataConfig, sets: Sets) -> bool:
-    own = (row.caption and data.use_captions) or data.caption_from_filename
+    options = data.for_set(sets.concepts[row.concept])
+    own = (row.caption and options.use_captions) or options.caption_from_filename
     return bool(own or sets.concepts[row.concept].instance_prompt)
 
 

@@ -140,3 +140,33 @@ def test_keyed_rng_does_not_depend_on_earlier_draws() -> None:
     first = numpy_rng("crop", 1).random(3)
     numpy_rng("crop", 2).random(100)
     assert (numpy_rng("crop", 1).random(3) == first).all()
+
+
+@given(
+    fraction=st.floats(0.05, 0.95),
+    images=st.integers(3, 12),
+    batch=st.integers(1, 4),
+    bucketed=st.booleans(),
+)
+def test_fractions_of_repeats_are_shared_equally_and_never_repeat_a_draw(
+    fraction: float, images: int, batch: int, bucketed: bool
+) -> None:
+    repeats = [1 + fraction] * images + [2.0] * 3
+    concepts = [0] * images + [1] * 3
+    buckets = [row % 2 for row in range(images + 3)] if bucketed else None
+    plan = BatchPlan(concepts, seed=1, global_batch=batch, repeats=repeats, buckets=buckets)
+    draws = [draw for step in range(plan.steps_in(12)) for draw in plan.draws(step)]
+    assert len(draws) == len(set(draws))
+    uses = Counter(draw.row for draw in draws)
+    for row in range(images + 3):
+        assert sorted(draw.epoch for draw in draws if draw.row == row)[0] == 0
+        # A group of n rows has round(f * n) further uses per epoch; a batch may end inside an epoch.
+        assert 12 * (repeats[row] - 1 / 2) - 1 <= uses[row] <= 12 * (repeats[row] + 1 / 2) + 2 * batch
+    alike = [uses[row] for row in range(0, images, 2)]
+    assert max(alike) - min(alike) <= 2
+
+
+def test_whole_repeats_are_the_same_as_a_number_with_no_fraction() -> None:
+    one = BatchPlan([0] * 4, seed=7, global_batch=2, repeats=[1, 2, 1, 3])
+    other = BatchPlan([0] * 4, seed=7, global_batch=2, repeats=[1.0, 2.0, 1.0, 3.0])
+    assert [one.draws(step) for step in range(20)] == [other.draws(step) for step in range(20)]

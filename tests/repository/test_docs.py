@@ -24,17 +24,18 @@ def test_generated_parts_are_current(root: Path) -> None:
     """Test that the recipe reference matches the models, the diagram the imports, and the examples their files."""
     script = {
         name: runpy.run_path(str(root / "docs" / f"{name}.py"))
-        for name in ("write_recipes", "structure", "write_examples")
+        for name in ("write_recipes", "structure", "write_examples", "write_imports")
     }
     page = {
         name: (root / "docs" / f"{name}.md").read_text(encoding="utf-8")
-        for name in ("recipes", "architecture", "extending")
+        for name in ("recipes", "architecture", "extending", "imports")
     }
     assert page["recipes"] == script["write_recipes"]["write"](), "run `make pages`"
     structure = script["structure"]
     graph = structure["packages"](structure["read_imports"](root))
     assert page["architecture"] == structure["write_diagram"](page["architecture"], graph), "run `make pages`"
     assert page["extending"] == script["write_examples"]["write"](), "run `make pages`"
+    assert page["imports"] == script["write_imports"]["write"](), "run `make pages`"
 
 
 def test_the_readme_is_short_and_the_same_in_chinese(root: Path) -> None:

@@ -18,6 +18,8 @@ LAYERS = {
     "trainers/config": "",
     "trainers/config/methods": "",
     "trainers/recipe.py": "",
+    "trainers/imports": "",
+    "trainers/imports/programs": "",
     "trainers/distributed": "torch",
     "trainers/models/formats": "torch diffusers transformers",
     "trainers/models": "torch diffusers transformers",

@@ -42,6 +42,9 @@ def cases(folder: Path) -> dict[str, dict[str, Any]]:
     changes["dropout"] = {"method": LORA, "train__gradient_accumulation_steps": 1}
     changes["prior"] = {"method": PRIOR, "train__gradient_accumulation_steps": 3}
     changes["all-reduce"] = {"engine": {"gradient_exchange": "step"}}
+    # an estimate, and a step count and an average, that every worker must compute alike
+    changes["prodigy"] = {"optimizer": {"name": "prodigy", "learning_rate": 1.0}}
+    changes["schedule-free"] = {"optimizer": {"name": "adamw_schedulefree", "learning_rate": 1e-3}}
     changes["buckets"] = {"data__instance_data_dir": str(folder / "shapes"), **tiny.SHAPES}
     return changes
 

@@ -54,6 +54,7 @@ SWAPPED: dict[str, dict[str, Any]] = {
 RUNS: list[tuple[str, str]] = [
     *[("dreambooth", name) for name in ENGINES],
     *[("textual_inversion", name) for name in ENGINES],
+    *[("lion", name) for name in ("torch", "zero 0", "zero 1", "zero 2", "zero 3", "zero 3 apart")],
     *[("bf16", name) for name in ("torch", "zero 0", "zero 2", "zero 3 offload", "zero 3 apart")],
     *[("bf16 word", name) for name in ("torch", "zero 3 lent")],
     *[("lora", name) for name in ENGINES],
@@ -70,6 +71,10 @@ POCKET = {"model__pretrained_model_name_or_path": "pocket", "data__resolution": 
 CHANGES: dict[str, dict[str, Any]] = {
     "dreambooth": {"method": DREAMBOOTH},
     "textual_inversion": {"method": TEXTUAL_INVERSION},
+    "lion": {
+        "method": TEXTUAL_INVERSION,
+        "optimizer": {"name": "lion", "learning_rate": 1e-3, "max_grad_norm": 0.5},
+    },
     "lora": {"method": {**DREAMBOOTH, "lora_rank": 4, "lora_alpha": 6, "lora_target_modules": "locon"}},
     "bf16": {
         "method": DREAMBOOTH,

@@ -45,7 +45,7 @@ def build_feed(
         share,
         method=method,
         data=recipe.data,
-        noise_offset=recipe.train.noise_offset,
+        noise=recipe.train,
         instances=instances,
         images=serve_images(instances, method.model, recipe.data, **options),
         classes=classes,

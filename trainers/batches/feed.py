@@ -15,11 +15,12 @@ from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.rng import numpy_rng
 from dreamfleet.trainers.batches.plan_share import PlanShare, prepare_ahead
 from dreamfleet.trainers.batches.sources import Images, ResidentLatents, StreamedPixels
+from dreamfleet.trainers.config.noise import NoiseConfig
 from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.methods.base import Batch, Sample
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.condition import Condition
-from dreamfleet.trainers.models.keyed_noise import keyed_normal
+from dreamfleet.trainers.models.keyed_noise import keyed_normal, perturb_input
 
 # Bytes of cached encoded prompts on the device: about 4,500 prompts of SD 1.x in 16 bits, 1,700 of SDXL.
 REMEMBERED = 512 * 2**20
@@ -41,12 +42,13 @@ class Feed:
         images: Images,
         method: DiffusionMethod,
         data: DataConfig,
-        noise_offset: float = 0.0,
+        noise: NoiseConfig | None = None,
         classes: Index | None = None,
         class_images: Images | None = None,
     ):
         self.share, self.plan, self.method = share, share.plan, method
-        self.data, self.noise_offset = data, noise_offset
+        self.data, self.noise = data, noise or NoiseConfig()
+        method.model.timestep_draw(self.noise)  # raises for limits that the model does not have
         self._halves = [(to_samples(instances), images)]
         if classes is not None and class_images is not None:
             self._halves.append((to_samples(classes), class_images))
@@ -79,9 +81,9 @@ class Feed:
         else:
             shape = self.method.model.latent_shape(*batch["pixels"].shape[2:])
             batch["latent_noise"] = self._latent_noise(keys, shape)
-        batch["noise"], batch["timesteps"] = self.method.model.draw_noise(
-            keys, shape, noise_offset=self.noise_offset
-        )
+        batch["noise"], batch["timesteps"] = self.method.model.draw_noise(keys, shape, self.noise)
+        if (perturbed := perturb_input(batch["noise"], keys, self.noise)) is not None:
+            batch["input_noise"] = perturbed
         weights = torch.ones(len(keys))
         if self.method.prior is not None:
             weights[num_instances:] = self.method.prior.loss_weight
@@ -120,7 +122,8 @@ class Feed:
         return (sample.role, self.plan.seed, draw.epoch, sample.id)
 
     def _prompt(self, sample: Sample, draw: Draw) -> str:
-        return self.method.prompt(sample, numpy_rng("prompt", *self._key(sample, draw)), self.data)
+        options = self.method.options_of(sample, self.data)
+        return self.method.prompt(sample, numpy_rng("prompt", *self._key(sample, draw)), options)
 
     def _latent_noise(self, keys: Sequence[tuple[int | str, ...]], shape: tuple[int, ...]) -> Tensor:
         how = self.data.latent_sampling
@@ -180,10 +183,12 @@ class Preparer:
 
 def check_words(samples: Sequence[Sample], method: DiffusionMethod, data: DataConfig) -> None:
     """Raise NoCaption if the method finds no prompt for some images; it counts all of them and names some."""
-    kept, wordless, reason = data.model_copy(update={"caption_dropout": 0.0}), [], ""
+    wordless, reason = [], ""
     for sample in samples:
-        if sample.caption is None or not data.use_captions:
+        own = method.options_of(sample, data)
+        if sample.caption is None or not own.use_captions:
             try:
+                kept = own.model_copy(update={"caption_dropout": 0.0})
                 method.prompt(sample, numpy_rng("prompt", sample.id), kept)
             except NoCaption as error:
                 wordless.append(sample.uri)

@@ -65,11 +65,13 @@ def captions_of(index: Index, method: DiffusionMethod, data: DataConfig) -> Iter
     An image without a caption has its concept's prompt instead, and is left out if there is none.
     """
     prompts = [concept.instance_prompt for concept in method.setting.concepts]
+    options = [data.for_set(concept) for concept in method.setting.concepts]
     columns = (index.column(name) for name in ("uri", "caption", "concept"))
     for uri, caption, concept in zip(*columns, strict=True):
-        if caption and data.use_captions:
+        own = options[concept] if options else data
+        if caption and own.use_captions:
             line = max(caption.splitlines(), key=len)
-            yield uri, " ".join(part for part in (data.caption_prefix, line, data.caption_suffix) if part)
+            yield uri, " ".join(part for part in (own.caption_prefix, line, own.caption_suffix) if part)
         elif prompt := prompts[concept]:
             yield uri, prompt
 

@@ -14,6 +14,7 @@ from dreamfleet.trainers.config.engines import engine_spec, find_refused
 from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.metrics import METRICS, NEEDS
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
+from dreamfleet.trainers.config.optimizer_conflicts import find_optimizer_conflicts
 from dreamfleet.trainers.config.scaling import ScalingConfig
 from dreamfleet.trainers.config.train import TrainConfig
 from dreamfleet.trainers.config.validation import ValidationConfig
@@ -33,12 +34,7 @@ def find_conflicts(
     """Return an error for each combination of settings that cannot run, with the remedy."""
     sections = {"method": method, "data": data, "train": train, "optimizer": optimizer, "engine": engine}
     found = _engine_conflicts(engine, {**sections, "validation": validation, "scaling": scaling})
-    if engine.channels_last and optimizer.name == "adamw8bit":
-        found.append(
-            "engine.channels_last cannot be combined with optimizer.name: adamw8bit, whose first step changes the "
-            "memory "
-            "format of every weight; set channels_last: false, or use adamw"
-        )
+    found += find_optimizer_conflicts(optimizer, engine, method)
     if engine.offload_param_device == "nvme" and train.mixed_precision == "no":
         found.append(
             "engine.offload_param_device: nvme keeps weights in 16 bits; set train.mixed_precision: bf16, or "
@@ -49,7 +45,15 @@ def find_conflicts(
             "data.enable_bucket cannot be combined with prior preservation: class images would need the sizes of their "
             "instance images; set enable_bucket: false, or method.with_prior_preservation: false"
         )
+    if reason := method.refused_by_engine(engine):
+        found.append(reason)
     found += _validation_conflicts(validation, train, scaling)
+    found += _fused_conflicts(optimizer, train, scaling)
+    return found
+
+
+def _fused_conflicts(optimizer: OptimizerConfig, train: TrainConfig, scaling: ScalingConfig) -> list[str]:
+    """Return an error for each setting that steps during the backward pass cannot be combined with."""
     fused = {
         f"train.gradient_accumulation_steps: {train.gradient_accumulation_steps} (it must be 1)": (
             train.gradient_accumulation_steps > 1
@@ -59,12 +63,11 @@ def find_conflicts(
             train.mixed_precision == "fp16"
         ),
     }
-    found += [
+    return [
         f"optimizer.fused_backward: true steps during the backward pass and cannot be combined with {setting}"
         for setting, is_set in fused.items()
         if optimizer.fused_backward and is_set
     ]
-    return found
 
 
 def _validation_conflicts(
@@ -117,5 +120,5 @@ def require_runnable(train: TrainConfig, optimizer: OptimizerConfig, *, has_gpu:
     if has_gpu is False:
         if train.mixed_precision == "fp16":
             raise ResourceError("train.mixed_precision: fp16 needs a GPU; use bf16 or no on this machine")
-        if optimizer.name == "adamw8bit":
-            raise ResourceError("optimizer.name: adamw8bit needs a GPU; use adamw on this machine")
+        if optimizer.kind.needs_gpu:
+            raise ResourceError(f"optimizer.name: {optimizer.name} needs a GPU; use adamw on this machine")

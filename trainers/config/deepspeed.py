@@ -127,7 +127,9 @@ def _recipe_values(
     workers = scaling.max_workers
     whole = workers * train.train_batch_size * train.gradient_accumulation_steps
     precision = train.mixed_precision
-    betas = [optimizer.adam_beta1, optimizer.adam_beta2]
+    options = optimizer.options
+    betas = list(options.get("betas", [optimizer.adam_beta1, optimizer.adam_beta2]))
+    decay = options.get("weight_decay", optimizer.adam_weight_decay)
     return [
         ("train_batch_size", "workers x train.train_batch_size x train.gradient_accumulation_steps", whole),
         ("train_micro_batch_size_per_gpu", "train.train_batch_size", train.train_batch_size),
@@ -140,11 +142,11 @@ def _recipe_values(
         ("bf16.enabled", "train.mixed_precision == bf16", precision == "bf16"),
         ("fp16.enabled", "train.mixed_precision == fp16", precision == "fp16"),
         ("amp.enabled", "train.mixed_precision (apex)", False),
-        ("optimizer.type", "optimizer.name", "AdamW"),
+        ("optimizer.type", "optimizer.name", "Lion" if optimizer.name == "lion" else "AdamW"),
         ("optimizer.params.lr", "optimizer.learning_rate", optimizer.learning_rate),
         ("optimizer.params.betas", "optimizer.adam_beta1 and adam_beta2", betas),
         ("optimizer.params.eps", "optimizer.adam_epsilon", optimizer.adam_epsilon),
-        ("optimizer.params.weight_decay", "optimizer.adam_weight_decay", optimizer.adam_weight_decay),
+        ("optimizer.params.weight_decay", "optimizer.adam_weight_decay", decay),
         ("scheduler.type", "optimizer.lr_scheduler", optimizer.lr_scheduler),
     ]
 

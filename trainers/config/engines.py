@@ -70,7 +70,6 @@ class ZeroSpec(EngineSpec):
     def refused(cls, config: EngineConfig) -> Mapping[str, str]:
         refused = {
             "engine.gradient_exchange": "which sums gradients in DeepSpeed's own way",
-            "optimizer.name": "which shards the states of adamw only",
             "optimizer.fused_backward": "which steps after the whole backward pass",
             "train.full_bf16": "whose stages keep float32 weights in the optimizer and compute in 16 bits anyway",
         }

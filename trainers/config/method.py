@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.registry import Registry
+from dreamfleet.trainers.config.engine import EngineConfig
 
 SearchSpace = Mapping[str, Mapping[str, Any]]
 
@@ -54,6 +55,13 @@ class MethodConfig(Section):
     def unpackable(self) -> str | None:
         """The reason why a training with these options cannot share a process with others, a clause; None if it can."""
         return None if self.packs else "does not train parameters beside a shared, frozen model"
+
+    def refused_by_engine(self, engine: EngineConfig) -> str | None:
+        """Return the reason why these options cannot be trained by an engine, with the remedy; None if they can.
+
+        It is also asked when ``engine.zero_stage: auto`` has chosen the engine of a run.
+        """
+        return None
 
     @property
     def has_dropout(self) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import ast
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.registry import EntryName
 from dreamfleet.trainers.config.learning_rate import (
     POLYNOMIAL_END,
     ScheduleName,
     parse_rules,
     parse_webui_schedule,
 )
+from dreamfleet.trainers.config.optimizers import OPTIMIZERS, Optimizer, OptimizerOptions, canonical_name
 
 
 def _read_number(value: Any) -> Any:
@@ -36,20 +39,45 @@ def _check_rules(value: str) -> str:
     return value
 
 
+def _read_arguments(value: Any) -> Any:
+    # kohya's optimizer_args: ["betas=0.9,0.99", "decouple=True"], or all in one text.
+    if isinstance(value, str):
+        value = value.split()
+    if not isinstance(value, list | tuple):
+        return value
+    found: dict[str, Any] = {}
+    for argument in value:
+        key, sign, text = str(argument).partition("=")
+        if not (key and sign):
+            raise ValueError(f"{argument!r} is not of the form key=value")
+        try:
+            found[key] = ast.literal_eval(text)  # constants only
+        except (ValueError, SyntaxError):
+            found[key] = {"true": True, "false": False}.get(text.lower(), text)
+    return found
+
+
 Rate = Annotated[float | str, BeforeValidator(_read_number), AfterValidator(_check_rate)]
 
 
 class OptimizerConfig(Section):
     """The ``optimizer:`` section: optimizer, learning rates and their schedule."""
 
-    # kohya's optimizer_type is case-insensitive: AdamW8bit.
     name: Annotated[
-        Literal["adamw", "adamw8bit", "adafactor"],
-        BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
+        str,
+        BeforeValidator(lambda value: canonical_name(value) if isinstance(value, str) else value),
+        AfterValidator(EntryName(OPTIMIZERS)),
     ] = Field(
         "adamw",
         validation_alias=AliasChoices("name", "optimizer_type"),
-        description="`adamw8bit` needs a GPU and the extra `gpu`; `adafactor` keeps almost no state",
+        description="see [optimizers](#optimizers); names of other programs, such as kohya's `AdamW8bit` or "
+        "`prodigyopt.Prodigy`, are accepted",
+    )
+    options: Annotated[dict[str, Any], BeforeValidator(_read_arguments)] = Field(
+        {},
+        exclude_if=lambda options: not options,
+        validation_alias=AliasChoices("options", "optimizer_args"),
+        description="further settings of the optimizer: [its keys](#optimizers), or kohya's list `[d_coef=2, ...]`",
     )
     fused_backward: bool = Field(
         False,
@@ -98,11 +126,26 @@ class OptimizerConfig(Section):
         False,
         description="multiply the rates by workers x train_batch_size x gradient_accumulation_steps, as diffusers does",
     )
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta 1")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta 2")
-    adam_weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's and Prodigy's beta 1")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's and Prodigy's beta 2")
+    adam_weight_decay: float = Field(1e-2, ge=0, description="weight decay of any optimizer")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's and Prodigy's epsilon")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: no clipping")
+
+    @property
+    def kind(self) -> Optimizer:
+        """The description of the optimizer."""
+        return OPTIMIZERS.get(self.name)
+
+    def own_options(self) -> OptimizerOptions:
+        """Return the optimizer's own options, completed by the keys ``adam_*``. Raises ValidationError if invalid."""
+        options = self.kind.Options.model_validate(self.options)
+        given = {}
+        for name, keys in options.shared.items():
+            if getattr(options, name) is None:
+                values = tuple(getattr(self, key) for key in keys)
+                given[name] = values if len(values) > 1 else values[0]
+        return options.model_copy(update=given)
 
     @model_validator(mode="after")
     def _check_fused(self) -> OptimizerConfig:

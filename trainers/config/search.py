@@ -246,6 +246,6 @@ def put_point(tree: Mapping[str, Any], point: Point) -> dict[str, Any]:
         *parents, last = path.split(".")
         node = changed
         for part in parents:
-            node = node[part]
+            node = node.setdefault(part, {})
         node[last] = value
     return changed

@@ -11,6 +11,7 @@ from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.path_field import path_marker
 from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.metrics import HELD_OUT, METRICS, NEEDS, metric_of, metrics_by_figure
+from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.config.search import Point, SearchConfig, put_point
 
 MAX_CORNERS = 256  # maximum number of combinations of domain ends that are validated when a recipe is read
@@ -139,6 +140,10 @@ def _keys(section: Section, prefix: str = "") -> dict[str, _Key]:
             refusal = (
                 refusal or section.not_searched.get(name) or ("files are not searched" if is_file else None)
             )
+        if isinstance(section, OptimizerConfig) and name == "options":
+            own = section.kind.Options.model_fields
+            found |= {f"{prefix}options.{key}": _Key(f"{prefix}options.{key}", None) for key in own}
+            refusal = "search its keys: " + ", ".join(f"{prefix}options.{key}" for key in own)
         for alias in [name, *getattr(field.validation_alias, "choices", [])]:
             found[f"{prefix}{alias}"] = _Key(prefix + name, refusal)
     return found

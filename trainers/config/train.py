@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section
+from dreamfleet.trainers.config.loss import LossConfig
+from dreamfleet.trainers.config.noise import NoiseConfig
 
 USUAL_CHECKPOINTING_STEPS = 500
 
 
-class TrainConfig(Section):
-    """The ``train:`` section: length, batches, precision, loss options, checkpoints and exports."""
+class StepConfig(Section):
+    """How long a training is, and what a step computes."""
 
     max_train_steps: int | None = Field(None, ge=1, description="optimizer steps, for any number of workers")
     num_train_epochs: float | None = Field(
@@ -41,18 +43,13 @@ class TrainConfig(Section):
         False,
         description="recompute activations in the backward pass: less memory, about a quarter more time",
     )
-    snr_gamma: float | None = Field(
-        None,
-        gt=0,
-        validation_alias=AliasChoices("snr_gamma", "min_snr_gamma"),
-        description="min-SNR loss weighting (Hang et al. 2023); the paper uses 5",
-    )
-    noise_offset: float = Field(
-        0.0,
-        ge=0,
-        validation_alias=AliasChoices("noise_offset", "offset_noise"),
-        description="noise added per image and channel, about 0.05 for darker and brighter images",
-    )
+
+
+class TrainConfig(
+    NoiseConfig, LossConfig, StepConfig
+):  # pydantic lists the keys of the last base class first
+    """The ``train:`` section: length, batches, precision, loss, noise, checkpoints and exports."""
+
     checkpointing_steps: int | None = Field(
         None,
         ge=1,

@@ -22,7 +22,6 @@ ELSEWHERE = {
     "mem_eff_attn": _ALWAYS,
     "set_grads_to_none": "gradients are always freed after each step; leave it out",
     "use_8bit_adam": "write optimizer.name: adamw8bit",
-    "optimizer_args": "each has a key of its own: optimizer.adam_beta1, optimizer.adam_weight_decay ...",
     "output_name": _NAMED,
     "logging_dir": "TensorBoard files are written to output_dir/tensorboard; leave it out",
     "resume_from_checkpoint": _RESUMED,

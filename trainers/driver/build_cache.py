@@ -187,7 +187,7 @@ def _encoders(
 def _images(recipe: Recipe) -> Index:
     """Index the images that a run trains on, including existing class images, and store their hashes."""
     known = known_files(recipe.data)
-    sets = load_sets(recipe.data, verify=False, known=known, excluded=recipe.excluded_folders)
+    sets = load_sets(recipe.data, verify=False, known=known, excluded=recipe.excluded_folders, keep=True)
     log_left_out(sets.instances)
     indexes = [sets.instances]
     if getattr(recipe.method, "with_prior_preservation", False):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -27,24 +27,28 @@ from dreamfleet.trainers.driver.ray_internals import (
     WorkerGroup,
     WorkerStatus,
     bundle_to_remote_args,
+    draining_nodes,
 )
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5.0  # before another try, if a new worker could not be started
+AVOIDED_SECONDS = 10.0  # how long the node of a worker that left gets no new one, unless Ray drains it
 
 
 @dataclass
 class Vacancy:
     """A place in the group whose worker died, left, or has not been started yet.
 
-    ``place``: the placement group and bundle; ``avoided``: the node that the old worker left because it goes away.
+    ``place``: the placement group and bundle; ``avoided``: the node that the old worker left because it may go away, at
+    ``left`` seconds of the monotonic clock.
     """
 
     number: int
     place: tuple[PlacementGroup, int]
     old: Worker | None = None
     avoided: str = ""
+    left: float = field(default_factory=time.monotonic)
     actor: Any = None
     metadata: Any = None  # reference to the new worker's answer
     not_before: float = 0.0
@@ -121,13 +125,18 @@ class MemberGroup(WorkerGroup):
         return [number for number in self.vacancies if number >= len(self.get_workers())]
 
     def _has_place(self, vacancy: Vacancy) -> bool:
-        """Return whether Ray has placed the bundle, on another node than the one that the old worker left."""
+        """Return whether Ray has placed the bundle, on a node that stays.
+
+        A worker leaves when it gets SIGTERM or its node is drained. A node that lives on after SIGTERM was not meant.
+        """
         group, bundle = vacancy.place
         table = placement_group_table(group)
         if table["state"] != "CREATED":
             return False
         node = table["bundles_to_node_id"].get(bundle)
-        return bool(node) and node != vacancy.avoided
+        if not node or node != vacancy.avoided:
+            return bool(node)
+        return time.monotonic() - vacancy.left > AVOIDED_SECONDS and node not in draining_nodes()
 
     def _start_actor(self, vacancy: Vacancy) -> None:
         group, bundle = vacancy.place

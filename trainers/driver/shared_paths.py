@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -19,6 +20,8 @@ from dreamfleet.trainers.run.run_folder import MARKER_PREFIX
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.driver.session import Node, RaySession
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = "/runtime_resources/working_dir_files/"  # where Ray unpacks the files of a job, on every machine
 MAX_LISTED = 5  # paths or machines that an error names
@@ -82,7 +85,7 @@ def check_machines(
         local = [
             path for paths in reads.values() for path in paths if "://" not in path and os.path.exists(path)
         ]
-        seen = _ask(nodes, [*markers, *dict.fromkeys(local)])
+        seen = _ask(session, nodes, [*markers, *dict.fromkeys(local)])
     refuse_unseen(seen, markers)
 
 
@@ -127,10 +130,11 @@ def find_missing(paths: Sequence[str]) -> list[str]:
     return [path for path in paths if not os.path.exists(path)]
 
 
-def _ask(nodes: Sequence[Node], paths: Sequence[str]) -> list[tuple[Node, list[str]]]:
+def _ask(session: RaySession, nodes: Sequence[Node], paths: Sequence[str]) -> list[tuple[Node, list[str]]]:
     """Return the missing paths of every machine, found by one Ray task on each.
 
-    Raises ResourceError for a machine on which the task fails.
+    A machine that leaves the cluster meanwhile is left out: one without power counts as running until its heartbeats
+    have been missed for some time. Raises ResourceError for a machine on which the task fails.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -147,6 +151,9 @@ def _ask(nodes: Sequence[Node], paths: Sequence[str]) -> list[tuple[Node, list[s
         try:
             seen.append((node, ray.get(answer, timeout=120)))
         except ray.exceptions.RayError as error:
+            if node.node_id not in {living.node_id for living in session.nodes()}:
+                logger.warning("machine %s has left the cluster", node.address)
+                continue
             cause = str(error).strip().splitlines()[-1]
             raise ResourceError(
                 f"machine {node.address} cannot run dreamfleet ({cause}). Every machine needs the same Python and "

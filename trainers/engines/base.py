@@ -49,6 +49,8 @@ class Engine(EngineSpec, ABC):
     ):
         if refused := find_refused({"engine": config}, self.refused(config), by=self.setting(config)):
             raise RecipeError("\n  ".join(refused))
+        if reason := method.config.refused_by_engine(config):
+            raise RecipeError(reason)
         self.options: Any = self.Options.model_validate(config.options)
         self.seed, self.optimizer_name = seed, optimizer.name
         self.method, self.config, self.device = method, config, device
@@ -138,22 +140,30 @@ class Engine(EngineSpec, ABC):
         ``rates`` holds the learning rate of each group by name; ``step`` counts from 1.
         """
 
+    def effective_rates(self) -> dict[str, float]:
+        """Return the learning rate of each group after the last step, if the optimizer changes the recipe's; else {}.
+
+        Prodigy multiplies it by its estimate d.
+        """
+        return {}
+
     @abstractmethod
     def drop_gradients(self) -> None:
         """Discard all gradients accumulated since the last step."""
 
     @abstractmethod
     def evaluate(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on every rank with the EMA weights in the method, and return its result.
+        """Run ``action`` on every rank with the averaged weights in the method, and return its result.
 
-        Without EMA the method keeps its own weights. The ranks may compute different things, unless :attr:`lockstep`.
+        The average is the EMA, or that of a Schedule-Free optimizer; without one the method keeps its own weights. The
+        ranks may compute different things, unless :attr:`lockstep`.
         """
 
     @abstractmethod
     def full_weights(self) -> AbstractContextManager[None]:
-        """Within this context rank 0's model holds the EMA weights unsharded and in full precision, for exports.
+        """Within this context rank 0's model holds the averaged weights unsharded and in full precision, for exports.
 
-        The model may be on the CPU and need not be able to run. Without EMA it holds its own weights.
+        The model may be on the CPU and need not be able to run. Without an average it holds its own weights.
         """
 
     @abstractmethod
@@ -166,7 +176,7 @@ class Engine(EngineSpec, ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return, on rank 0, the state that a resume needs besides the weights: optimizer, EMA weights, loss scale.
+        """Return, on rank 0, what a resume needs besides the weights: optimizer, loss scale, averaged weights.
 
         Its format does not depend on the engine, so a run can be resumed with another one.
         """

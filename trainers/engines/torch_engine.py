@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from dreamfleet.trainers.engines.base import Engine, T, check_optimizer
 from dreamfleet.trainers.engines.gradient_exchange import GradientExchange
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.optim.ema import Ema, saved_average
-from dreamfleet.trainers.optim.optimizers import make_optimizer
+from dreamfleet.trainers.optim.optimizers import make_optimizer, resolve
 from dreamfleet.trainers.optim.stochastic_rounding import Stepper, copy_in_layout, restore_states
 
 
@@ -35,9 +35,13 @@ class TorchEngine(TorchSpec, Engine):
                 )
             self.max_grad_norm = 0.0  # no clipping, which would give the batches different weights
         self.optimizer = own or make_optimizer(self.groups, optimizer)
+        kind = optimizer.kind if own is None else None
+        self.steps_alone = kind is None or kind.steps_alone
+        self._average = resolve(kind.average) if kind and kind.average else None
+        self._effective_rate = resolve(kind.effective_rate) if kind and kind.effective_rate else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.ema = Ema(self.params, self.config.ema_decay) if self.config.use_ema else None
-        self.stepper = Stepper(self.optimizer, seed=self.seed)
+        self.stepper = self._make_stepper()
         self.next_step: int | None = None  # fused_backward: the step to take during backward; None: take none
         self.squared_norms: list[Tensor] = []  # fused_backward: squared norms of the gradients of this step
         self.fused = optimizer.fused_backward
@@ -94,9 +98,15 @@ class TorchEngine(TorchSpec, Engine):
         if self.exchange is not None and self.world > 1:
             self.exchange.finish()
         norm = self._finish_step(step) if self.fused else self._step_together(rates, step)
+        self.method.after_step()
         if self.ema is not None:
-            self.ema.update(self.params, step)
+            self.ema.update(self.params if self._average is None else self._averages(), step)
         return norm.detach()
+
+    def effective_rates(self) -> dict[str, float]:
+        if self._effective_rate is None:
+            return {}
+        return {group["name"]: self._effective_rate(group) for group in self.optimizer.param_groups}
 
     def drop_gradients(self) -> None:
         if self.exchange is not None:
@@ -129,6 +139,8 @@ class TorchEngine(TorchSpec, Engine):
             state["scaler"] = self.scaler.state_dict()
         if self.ema is not None:
             state["ema"] = self.ema.shadow
+        elif self._average is not None:
+            state["ema"] = self._averages()
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -139,8 +151,8 @@ class TorchEngine(TorchSpec, Engine):
                 self.scaler.load_state_dict(state["scaler"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"the saved optimizer does not fit this recipe's: {error}") from error
-        restore_states(self.optimizer, state["optimizer"]["state"], keep_types=self.bf16_weights)
-        self.stepper = Stepper(self.optimizer, seed=self.seed)  # since load_state_dict replaces the groups
+        restore_states(self.optimizer, state["optimizer"]["state"])
+        self.stepper = self._make_stepper()  # since load_state_dict replaces the groups
         if self.ema is not None:
             average = saved_average(state)
             self.ema.shadow = {
@@ -188,11 +200,27 @@ class TorchEngine(TorchSpec, Engine):
         self.next_step = None
         return torch.stack(self.squared_norms).sum().sqrt()
 
+    def _make_stepper(self) -> Stepper:
+        return Stepper(self.optimizer, seed=self.seed, steps_alone=self.steps_alone)
+
+    def _averages(self) -> dict[str, Tensor]:
+        """Return the average that the optimizer computes of the weights, by name."""
+        assert self._average is not None
+        found = self._average(self.optimizer)
+        return {name: found[param] for name, param in self.params.items()}
+
     @contextmanager
     def _averaged(self, convert: Callable[[nn.Parameter, Tensor], Tensor]) -> Iterator[None]:
-        """Within this context the parameters hold the EMA weights (without EMA: their own), changed by ``convert``."""
+        """Within this context the parameters hold the averaged weights (else their own), changed by ``convert``.
+
+        The average is the engine's EMA, or the optimizer's own.
+        """
         kept = {name: param.data for name, param in self.params.items()}
-        shown = kept if self.ema is None else self.ema.shadow
+        shown: Mapping[str, Tensor] = kept
+        if self.ema is not None:
+            shown = self.ema.shadow
+        elif self._average is not None:
+            shown = self._averages()
         for name, param in self.params.items():
             param.data = convert(param, shown[name])
         try:

@@ -24,7 +24,7 @@ from dreamfleet.trainers.engines.zero_setup import (
     stdout_to_stderr,
     zero_config,
 )
-from dreamfleet.trainers.engines.zero_shards import MOMENTS, Shards, owners
+from dreamfleet.trainers.engines.zero_shards import Shards, owners
 from dreamfleet.trainers.methods.base import Batch, Loss, Method, check_fits
 from dreamfleet.trainers.optim.ema import Ema, saved_average
 from dreamfleet.trainers.optim.optimizers import make_optimizer
@@ -77,18 +77,13 @@ class ZeroEngine(ZeroSpec, Engine):
             )
         self.stage: int = self.config.zero_stage
         self.offloads = self.config.offload_optimizer_device != "none"
-        swaps = "nvme" in (self.config.offload_optimizer_device, self.config.offload_param_device)
         self.shapes = {name: param.shape for name, param in self.params.items()}
         self.deepspeed = import_deepspeed(self.device)
         self.resources.enter_context(lone_group(self.device, destroy=destroy_group))
         plain = make_optimizer(self.groups, optimizer)
         self.saved_groups = plain.state_dict()["param_groups"]
         self.optimizer = make_cpu_adam(plain) if self.offloads else plain
-        if swaps:
-            build_swapping()
-        self.folder = SwapFolder(self.config.nvme_path or "") if swaps else None
-        if self.folder is not None:
-            self.resources.callback(self.folder.close)
+        self.folder = self._open_swap_folder()
         # DeepSpeed's 16-bit modes round all weights of the module, and take the float32 weights from the rounded ones.
         rounds = self.stage > 0 and self.dtype != torch.float32
         # Rounding creates new tensors, so the exact weights can be kept without a copy.
@@ -110,6 +105,9 @@ class ZeroEngine(ZeroSpec, Engine):
             largest=max(param.numel() for param in model.parameters()),
             swap_folder=str(self.folder.path) if self.folder is not None else None,
         )
+        config[
+            "zero_allow_untested_optimizer"
+        ] = not optimizer.kind.offloads  # DeepSpeed knows its own and torch's
         with stdout_to_stderr(), step_timeouts(), internals.flattens_on_host():
             if self.stage == 3:
                 self._shard(model, config)
@@ -119,7 +117,9 @@ class ZeroEngine(ZeroSpec, Engine):
             # The text encoder also uses an embedding's vectors outside of the method's own forward pass.
             self.deepspeed.zero.register_external_parameter(model, param)
         kind = SwappedShards if self.config.offload_optimizer_device == "nvme" else Shards
-        self.shards = kind(self.engine, self.params, self.optimizer, stage=self.stage)
+        self.shards = kind(
+            self.engine, self.params, self.optimizer, stage=self.stage, moments=optimizer.kind.moments
+        )
         if rounds:
             for name, param in self.params.items():
                 self.shards.put(name, exact.pop(param))
@@ -180,7 +180,7 @@ class ZeroEngine(ZeroSpec, Engine):
         moments: dict[int, dict[str, Any]] = {}
         if steps := self.shards.steps:  # there are no moments before the first step
             moments = {number: {"step": torch.tensor(steps)} for number in range(len(self.params))}
-            for moment in MOMENTS:
+            for moment in self.shards.moments:
                 with self.shards.showing(moment):
                     for number, value in enumerate(self._collect().values()):
                         moments[number][moment] = value
@@ -207,6 +207,14 @@ class ZeroEngine(ZeroSpec, Engine):
                     self.shards.put(name, average[name])
         if self.dtype == torch.float16 and "scaler" in state:
             self._load_scaler(state["scaler"])
+
+    def _open_swap_folder(self) -> SwapFolder | None:
+        if "nvme" not in (self.config.offload_optimizer_device, self.config.offload_param_device):
+            return None
+        build_swapping()
+        folder = SwapFolder(self.config.nvme_path or "")
+        self.resources.callback(folder.close)
+        return folder
 
     def _shard(self, model: nn.Module, config: dict[str, Any]) -> None:
         """Cast and shard the weights one at a time, so that the GPU need not hold all of them."""
@@ -273,7 +281,7 @@ class ZeroEngine(ZeroSpec, Engine):
         self.shards.make_moments(
             lambda flat: int(steps) if self.offloads else torch.tensor(steps, device=flat.device)
         )
-        for moment in MOMENTS:
+        for moment in self.shards.moments:
             with self.shards.showing(moment):
                 for number, name in enumerate(self.params):
                     self.shards.put(name, saved[number][moment])

@@ -12,21 +12,27 @@ from torch import Tensor, nn
 
 from dreamfleet.trainers.engines import deepspeed_internals as internals
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 class Shards:
     """Reads and writes full-precision weights, unsharded and by parameter name, at every ZeRO stage.
 
     ``flats`` are the tensors that DeepSpeed's inner optimizer steps: the parameters themselves (stage 0), or this
-    rank's part of all parameters of a group, concatenated (stages 1 to 3). Adam's moments and EMA weights have the same
-    layout; within :meth:`showing` or :meth:`holding` they are accessed in place of the weights. All ranks must call
+    rank's part of all parameters of a group, concatenated (stages 1 to 3). The optimizer's states named in ``moments``
+    and EMA weights have the same layout; within :meth:`showing` or :meth:`holding` they are accessed in place of the
+    weights. All ranks must call
     :meth:`gather` and :meth:`put` for the same parameters in the same order.
     """
 
     def __init__(
-        self, engine: Any, params: Mapping[str, nn.Parameter], inner: torch.optim.Optimizer, *, stage: int
+        self,
+        engine: Any,
+        params: Mapping[str, nn.Parameter],
+        inner: torch.optim.Optimizer,
+        *,
+        stage: int,
+        moments: Sequence[str] = ("exp_avg", "exp_avg_sq"),
     ):
+        self.moments = tuple(moments)
         self.outer, self.inner, self.params = internals.zero_optimizer(engine), inner, params
         self.stage, self.rank = stage, internals.rank_of(engine)
         self.flats: Sequence[Tensor] = (
@@ -88,14 +94,14 @@ class Shards:
         """
         for number in range(len(self.flats)):
             flat = self._flat(number)
-            moments = {name: torch.zeros_like(flat, requires_grad=False) for name in MOMENTS}
+            moments = {name: torch.zeros_like(flat, requires_grad=False) for name in self.moments}
             self.inner.state[flat] = {"step": make_step(flat), **moments}
             self._mark_written()
         self.rest()
 
     @contextmanager
     def showing(self, moment: str) -> Iterator[None]:
-        """Within this context :meth:`gather` and :meth:`put` access a moment of the optimizer, one of MOMENTS."""
+        """Within this context :meth:`gather` and :meth:`put` access a state of the optimizer, one of ``moments``."""
         with self.holding([self.inner.state[flat][moment] for flat in self.flats]):
             yield
 

@@ -24,11 +24,9 @@ HOST_PROCESS = 3 * GIB // 2
 # DeepSpeed's defaults, in elements: stage 3 keeps gathered weights that are used again within REUSE_DISTANCE and
 # fetches PREFETCH_BUCKET ahead; stage 0 sends gradients in buckets of REDUCE_BUCKET.
 REUSE_DISTANCE, PREFETCH_BUCKET, REDUCE_BUCKET = 1_000_000_000, 50_000_000, 500_000_000
-# bitsandbytes' AdamW8bit keeps tensors below SMALL_8BIT elements in float32; the others have a scale per BLOCK_8BIT.
-SMALL_8BIT, BLOCK_8BIT = 4096, 256
-# Bytes per element besides state and gradient while one tensor is stepped: Adafactor's update; for a bfloat16
-# weight its float32 copy, the float32 gradient, and the update or the random bits.
-ADAFACTOR_STEP, NARROW_STEP = 4, 12
+# Bytes per element besides state and gradient while bfloat16 weights are stepped: float32 copies of weight and
+# gradient; then what the optimizer needs, at least as much as the random bits of the rounding.
+NARROW_COPIES, ROUNDING_BITS = 8, 4
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,13 @@ class Estimate:
 def estimate_all(counts: Counts, *, world: int = 1, workers_per_host: int = 1) -> list[Estimate]:
     """Estimate every choice that these counts allow, cheapest first, then those that change the training.
 
-    ZeRO supports AdamW with float32 weights and optimizer steps after the backward pass. The choices that
-    change the training need one GPU and no gradient accumulation.
+    ZeRO supports optimizers with ``moments``, float32 weights and optimizer steps after the backward pass. The
+    choices that change the training need one GPU and no gradient accumulation.
     """
     choices = [CHOICES[0]]
-    if counts.optimizer == "adamw" and not counts.fused and not counts.bf16_weights:
-        choices += [*CHOICES[1:], *(NVME_CHOICES if counts.nvme else ())]
+    if counts.kind.moments and not counts.fused and not counts.bf16_weights:
+        sharded = [*CHOICES[1:], *(NVME_CHOICES if counts.nvme else ())]
+        choices += [one for one in sharded if counts.kind.offloads or not one.offload_optimizer]
     if world == 1 and not counts.accumulates:
         # bf16 weights were traced only where the recipe computes in 16 bits.
         allowed = [choice for choice in ALTERING if counts.mixed or not choice.bf16_weights]
@@ -109,9 +108,13 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
     # For previews, averaged weights are copied beside the model's own. Stage 3 exchanges them in place, and
     # torch uses the average itself if it has the dtype of the weights.
     copies_average = counts.average and run.stage != 3 and (not run.is_torch or counts.bf16_weights)
+    # An optimizer's own average is computed for each preview, and for each checkpoint.
+    computed = 0 if counts.average or counts.kind.average is None else 4 * total
     # For a checkpoint, rank 0 gathers ZeRO's states unsharded. Torch's are copied into buffers, which stay for the next
     # one, and the weights are copied once more to be written.
-    saved = run.copied() + run.width * total if run.is_torch else (4 + 8 + 4 * counts.average) * total
+    saved = (
+        run.copied() + run.width * total if run.is_torch else (4 + run.moments + 4 * counts.average) * total
+    )
     training = workers_per_host * sum(host.values())
     exported = 0 if run.is_torch else 4 * total + (run.stage == 3) * run.width * counts.passed
     return Estimate(
@@ -121,7 +124,10 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
             "starting": CUDA_CONTEXT + KERNEL_WORKSPACE + gpu["frozen"] + run.starting(),
             "training": resting + passing,
             "optimizer step": resting + gpu["gradients"] + run.step_buffers(),
-            "previews": idle + copies_average * run.width * total + counts.drawing if counts.drawing else 0,
+            "saving": idle + computed if computed else 0,
+            "previews": (
+                idle + copies_average * run.width * total + computed + counts.drawing if counts.drawing else 0
+            ),
         },
         host,
         {
@@ -132,22 +138,7 @@ def estimate(counts: Counts, choice: EngineChoice, *, world: int = 1, workers_pe
         },
         run.traffic(),
         # Weights, moments and gradients are read; gradients were written before, the others are written back.
-        32 * run.part if choice.nvme else 0,
-    )
-
-
-def optimizer_bytes(learning: Sequence[int], name: str = "adamw", factors: int = 0) -> int:
-    """Return the bytes of an optimizer's states and step counts for tensors of these sizes in elements.
-
-    ``adamw`` has two moments in float32, ``adamw8bit`` two moments of one byte in its large tensors,
-    ``adafactor`` ``factors`` values in float32.
-    """
-    if name == "adamw":
-        return sum(8 * numel + 4 for numel in learning)
-    if name == "adafactor":
-        return 4 * factors + 4 * len(learning)
-    return sum(
-        8 * numel if numel < SMALL_8BIT else 2 * numel + 2 * 4 * -(-numel // BLOCK_8BIT) for numel in learning
+        (16 + 2 * run.moments) * run.part if choice.nvme else 0,
     )
 
 
@@ -162,6 +153,7 @@ class _Run:
         self.sharded = self.total + (counts.passed if self.stage == 3 else 0)
         # Bytes of a weight that the model computes with: ZeRO's half-precision modes keep 16 bits.
         self.width = 2 if counts.bf16_weights or (counts.mixed and self.stage) else 4
+        self.moments = 4 * len(counts.kind.moments)  # bytes per element of the states that ZeRO shards
         self.keeps_gradients = self.stage == 3  # which allocates gradients and buffers once
 
     def gpu_lines(self) -> dict[str, int]:
@@ -173,11 +165,11 @@ class _Run:
             frozen -= width * counts.passed
             if choice.offload_param or self.world > 1:  # one worker computes with its own weights
                 gathered = width * min(self.sharded, REUSE_DISTANCE // 2 + PREFETCH_BUCKET)
-        optimizer, master = optimizer_bytes(counts.learning, counts.optimizer, counts.factors), 0
+        optimizer, master = counts.states, 0
         if self.stage:
             on_gpu = 0 if choice.offload_optimizer else self.part
             # DeepSpeed steps a float32 copy of the weights, even if the weights are float32.
-            master, optimizer = 4 * on_gpu, 8 * on_gpu
+            master, optimizer = 4 * on_gpu, self.moments * on_gpu
         step = counts.half if width == 2 else counts.full
         buffers = width * min(counts.bucket, self.total) if self.stage else 0
         if choice.offload_optimizer and self.stage < 3:
@@ -228,7 +220,7 @@ class _Run:
             held = min(self.part, SWAPPED_GROUP + self._part(self.largest))
         return lines | {
             "master": 4 * held,
-            "optimizer": 8 * held,
+            "optimizer": self.moments * held,
             "gradients": 4 * held,
             "staging": staging + width * self.largest,
             "average": counts.average * 4 * self.part,
@@ -237,8 +229,8 @@ class _Run:
     def copied(self) -> int:
         """Return the bytes of the buffers in host memory into which torch's state is copied for checkpoints."""
         counts = self.counts
-        states = optimizer_bytes(counts.learning, counts.optimizer, counts.factors)
-        return self.width * self.total + states + 4 * counts.average * self.total
+        averaged = counts.average or counts.kind.average is not None
+        return self.width * self.total + counts.states + 4 * averaged * self.total
 
     def traffic(self) -> dict[str, int]:
         """Return the bytes that offload moves in one optimizer step of one worker.
@@ -282,10 +274,15 @@ class _Run:
         return max(drawing, cloned, counts.encoding + (0 if self.stage else weights))
 
     def _torch_step(self) -> int:
-        """Return the bytes that torch's step of the largest tensor needs besides its state and gradient."""
+        """Return the bytes that torch's step needs besides states and gradients.
+
+        They are those of the largest tensor, or of all if the optimizer steps them together.
+        """
+        kind = self.counts.kind
+        stepped = self.largest if kind.steps_alone else self.total
         if self.counts.bf16_weights:
-            return NARROW_STEP * self.largest
-        return ADAFACTOR_STEP * self.largest if self.counts.optimizer == "adafactor" else 0
+            return (NARROW_COPIES + max(kind.scratch, ROUNDING_BITS)) * stepped
+        return kind.scratch * stepped
 
     def _part(self, elements: int) -> int:
         return -(-elements // self.world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dreamfleet.trainers.config.optimizers import OPTIMIZERS, Optimizer, OptimizerOptions, state_bytes
 from dreamfleet.trainers.memory.strategies import EngineChoice
 
 
@@ -37,11 +38,11 @@ class Pass:
 class Counts:
     """Sizes of one worker's run, counted without loading weights; by default in bytes on the GPU.
 
-    ``learning``: elements of each trainable tensor; ``factors``: means of squares that Adafactor keeps of
-    them. ``frozen``: parameters that are not trained, and buffers; ``passed``: elements of those frozen
-    parameters that gradients pass through, which stage 3 shards. ``nvme``: whether the recipe names a disk
-    for offload. ``full``: a pass with trainable weights in float32; ``half``: in 16 bits, for ``mixed``
-    (DeepSpeed's half-precision modes) and ``bf16_weights``. ``fused``: optimizer steps inside backward.
+    ``learning``: elements of each trainable tensor; ``shapes``: their shapes, if an optimizer's states depend on
+    them; ``options``: the optimizer's own. ``frozen``: parameters that are not trained, and buffers; ``passed``:
+    elements of those frozen parameters that gradients pass through, which stage 3 shards. ``nvme``: whether
+    the recipe names a disk for offload. ``full``: a pass with trainable weights in float32; ``half``: in 16 bits, for
+    ``mixed`` (DeepSpeed's half-precision modes) and ``bf16_weights``. ``fused``: optimizer steps inside backward.
     ``average``: an average of the weights is kept. ``model``: the whole model in float32, as loaded.
     ``encoding``, ``class_drawing``: encoding the images, generating class images before the first step;
     ``drawing``: generating previews. ``text_embeddings``: cached encoded prompts. ``latents``: resident
@@ -59,7 +60,8 @@ class Counts:
     nvme: bool = False
     mixed: bool = False
     optimizer: str = "adamw"
-    factors: int = 0
+    options: OptimizerOptions | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
     fused: bool = False
     bf16_weights: bool = False
     average: bool = False
@@ -76,6 +78,17 @@ class Counts:
         return sum(self.learning)
 
     @property
+    def kind(self) -> Optimizer:
+        """The description of the optimizer."""
+        return OPTIMIZERS.get(self.optimizer)
+
+    @property
+    def states(self) -> int:
+        """Bytes of the optimizer's states of all trainable tensors."""
+        shapes = self.shapes or tuple((numel,) for numel in self.learning)
+        return state_bytes(shapes, self.optimizer, self.options)
+
+    @property
     def accumulates(self) -> bool:
         """Whether gradients are summed over several micro-batches."""
         return self.micros > 1
@@ -85,6 +98,7 @@ class Counts:
         return replace(
             self,
             optimizer=choice.optimizer or self.optimizer,
+            options=self.options if choice.optimizer in (None, self.optimizer) else None,
             fused=self.fused or choice.fused_backward,
             bf16_weights=self.bf16_weights or choice.bf16_weights,
         )

@@ -39,6 +39,9 @@ class MemoryPlan:
         """Return the plan as plain values, sizes in bytes; ``pcie`` is in bytes per second."""
         plain = asdict(self) | {"pcie_bytes_per_second": pcie}
         plain["counts"] |= {"learning": self.counts.total, "learning_tensors": len(self.counts.learning)}
+        plain["counts"]["optimizer_bytes"] = self.counts.states
+        for key in ("shapes", "options"):
+            del plain["counts"][key]
         plain["chosen"] = self.chosen.choice.name if self.chosen else None
         for entry, one in zip(plain["estimates"], self.estimates, strict=True):
             entry |= {"gpu_total": one.gpu_total, "host_total": one.host_total}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -62,21 +61,14 @@ def count_run(recipe: Recipe, method: DiffusionMethod, images: int | None) -> Co
         bucket=BUCKET,
         mixed=mixed,
         optimizer=recipe.optimizer.name,
-        factors=count_factors(trainable),
+        options=recipe.optimizer.own_options(),
+        shapes=tuple(tuple(param.shape) for param in trainable),
         fused=recipe.optimizer.fused_backward,
         bf16_weights=train.full_bf16,
         average=recipe.engine.use_ema,
         micros=train.gradient_accumulation_steps,
         text_embeddings=_remembered_bytes(recipe, method, images),
         latents=_latent_bytes(recipe, model, images),
-    )
-
-
-def count_factors(params: Iterable[Tensor]) -> int:
-    """Return the number of means of squares that Adafactor keeps: rows and columns of matrices, else every element."""
-    return sum(
-        param.shape[0] + param.numel() // param.shape[0] if param.dim() > 1 else param.numel()
-        for param in params
     )
 
 

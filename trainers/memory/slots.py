@@ -89,6 +89,8 @@ def combine(counts: Counts, full: Pass, half: Pass) -> SlotProfile:
     # Twice the batch of one slot has the gradients and low-precision copies of one slot's weights, not of two.
     further = two.gpu["activations"] - lines["activations"] + gradients + counts.full.casts
     copied = sum(lines[name] for name in ("weights", "optimizer", "average"))  # by HostCopy, for a checkpoint
+    if counts.kind.average is not None and not counts.average:
+        copied += 4 * counts.total  # the optimizer's average is computed for it
     outside = CUDA_CONTEXT + KERNEL_WORKSPACE
     resting = outside + lines["frozen"] + held
     alone = max(size for name, size in one.gpu_moments.items() if name != "training") - resting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +15,7 @@ from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.registry import load_attribute
 from dreamfleet.trainers.artifacts.kind import ARTIFACTS
+from dreamfleet.trainers.config.loss import LossConfig
 from dreamfleet.trainers.config.method import METHODS, MethodConfig
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.models.family import COMPONENTS, DiffusionModel
@@ -60,7 +61,7 @@ class Setting:
     """Inputs of a method besides its recipe section: the concepts, and the loss options of ``train:``."""
 
     concepts: tuple[Concept, ...] = ()
-    snr_gamma: float | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
 
 
 class Method(nn.Module, ABC):
@@ -136,6 +137,9 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch) -> Loss:
         """Compute the loss of a batch on the device."""
+
+    def after_step(self) -> None:
+        """Change the parameters after an optimizer step, before their average; only the engine torch calls this."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the trainable parameters by name."""

@@ -21,7 +21,7 @@ def build_method(recipe: Recipe, model: DiffusionModel, *, concepts: Sequence[Co
     missing, or do not belong to its artifact kinds; RecipeError for activation checkpointing of a method that
     trains no diffusion model; ModelError if the model does not support the method.
     """
-    setting = Setting(concepts=tuple(concepts), snr_gamma=recipe.train.snr_gamma)
+    setting = Setting(concepts=tuple(concepts), loss=recipe.train)
     method = method_class(recipe.method)(recipe.method, model, setting)
     if not method.formats:
         raise UserError(f"method {method.name!r}: {type(method).__name__} sets no formats")

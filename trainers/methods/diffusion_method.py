@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from dreamfleet.datasets import captions
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import RecipeError
-from dreamfleet.trainers.methods.base import Batch, Loss, Method, Sample
+from dreamfleet.trainers.methods.base import Batch, Loss, Method, Sample, Setting
 from dreamfleet.trainers.models.condition import Condition
+from dreamfleet.trainers.models.denoising_loss import check_loss
+from dreamfleet.trainers.models.family import DiffusionModel
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class DiffusionMethod(Method):
     (``trainers.packing``). A method that replaces :meth:`forward` or :meth:`sample_losses` cannot be packed.
     """
 
+    def __init__(self, config: Any, model: DiffusionModel, setting: Setting):
+        super().__init__(config, model, setting)
+        check_loss(model, setting.loss)
+
     @property
     def trains_text(self) -> bool:
         """Whether the text encoder or its input is trained, so that prompts must be encoded in every step."""
@@ -71,6 +77,11 @@ class DiffusionMethod(Method):
             rng=rng,
             config=data,
         )
+
+    def options_of(self, sample: Sample, data: DataConfig) -> DataConfig:
+        """Return the options of a sample's captions: those of ``data``, except what its set overrides."""
+        concepts = self.setting.concepts
+        return data.for_set(concepts[sample.concept]) if sample.concept < len(concepts) else data
 
     def check_prompts(self, samples: Sequence[Sample], data: DataConfig) -> str | None:
         """Return a warning about a run's prompts, or None. Raises RecipeError if nothing can be learned."""
@@ -105,8 +116,15 @@ class DiffusionMethod(Method):
             condition = Condition.in_batch(batch)
         else:
             condition = encoded.with_sizes(batch["time_ids"]) if self.model.uses_time_ids else encoded
-        noisy = self.model.add_noise(batch["latents"], batch["noise"], timesteps)
-        return DenoiserInputs(noisy, timesteps, condition)
+        return DenoiserInputs(self.noised(batch), timesteps, condition)
+
+    def noised(self, batch: Batch) -> Tensor:
+        """Return the noised latents ``[N, C, H, W]``, the denoiser's input.
+
+        A batch may have ``input_noise``: noise that replaces ``noise`` here but not in the target.
+        """
+        noise = batch["input_noise"] if "input_noise" in batch else batch["noise"]
+        return self.model.add_noise(batch["latents"], noise, batch["timesteps"])
 
     def combine(self, batch: Batch, predicted: Tensor) -> Tensor:
         """Return the prediction of each sample ``[N, C, H, W]`` from the denoiser's output ``[R, C, H, W]``."""
@@ -118,9 +136,9 @@ class DiffusionMethod(Method):
         inputs = self.denoiser_inputs(batch, None if ids is None else self.model.encode_tokens(ids))
         return inputs, self.model.predict(*inputs)
 
-    def sample_losses(self, batch: Batch, *, snr_gamma: float | None = None) -> Tensor:
-        """Return the denoising loss of each sample ``[N]``, for training and for held-out images."""
-        return self.model.loss(self.combine(batch, self.predict(batch)[1]), batch, snr_gamma=snr_gamma)
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """Return the mean squared error of each sample ``[N]``, for held-out images, whatever the recipe's loss."""
+        return self.model.loss(self.combine(batch, self.predict(batch)[1]), batch)
 
     def forward(self, batch: Batch) -> Loss:
         """Return the loss of a batch, see :meth:`loss`."""
@@ -131,9 +149,9 @@ class DiffusionMethod(Method):
 
         ``predicted``: the denoiser's output for ``inputs``. With class images in the batch, this is mean(instance) +
         prior_loss_weight * mean(class), equation 2 of the DreamBooth paper (arXiv 2208.12242), for every batch size.
-        min-SNR weights apply to both halves.
+        The recipe's loss type and weights apply to both halves.
         """
-        per_sample = self.model.loss(self.combine(batch, predicted), batch, snr_gamma=self.setting.snr_gamma)
+        per_sample = self.model.loss(self.combine(batch, predicted), batch, self.setting.loss)
         count = batch["num_instances"]
         total = (per_sample * batch["weights"]).sum() / count
         extras = {}

@@ -16,6 +16,7 @@ from dreamfleet.trainers.config.methods.dreambooth import DreamBoothConfig
 from dreamfleet.trainers.methods.base import Sample, Setting
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod, Prior
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.methods.lora_regularization import limit_norms
 from dreamfleet.trainers.methods.whole_model import (
     export_tuned,
     learning_parts,
@@ -63,7 +64,11 @@ class DreamBooth(DiffusionMethod):
         )
 
     def groups(self) -> list[ParamGroup]:
-        return part_groups(self.learning)
+        return part_groups(self.learning, self.config, self.model)
+
+    def after_step(self) -> None:
+        if self.config.scale_weight_norms is not None:
+            limit_norms(self.model, self.config.scale_weight_norms)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
         """Return the image's caption, or the concept's prompt (for class images the class prompt).

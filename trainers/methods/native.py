@@ -13,6 +13,7 @@ from dreamfleet.trainers.config.methods.native import NativeConfig
 from dreamfleet.trainers.methods.base import Setting
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.methods.lora_regularization import limit_norms
 from dreamfleet.trainers.methods.whole_model import (
     export_tuned,
     learning_parts,
@@ -41,7 +42,11 @@ class Native(DiffusionMethod):
         return self.config.train_text_encoder
 
     def groups(self) -> list[ParamGroup]:
-        return part_groups(self.learning)
+        return part_groups(self.learning, self.config, self.model)
+
+    def after_step(self) -> None:
+        if self.config.scale_weight_norms is not None:
+            limit_norms(self.model, self.config.scale_weight_norms)
 
     def write(self, order: Export) -> list[Path]:
         """Write the tuned model as a folder and a single file, or a LoRA in two layouts: see `export_tuned`."""

@@ -105,7 +105,7 @@ class PromptTuning(DiffusionMethod):
         """Return the denoiser's inputs for the negative prompts of all samples, then for their prompts."""
         assert encoded is not None
         timesteps, ids = batch["timesteps"], batch["input_ids"]
-        noisy = self.model.add_noise(batch["latents"], batch["noise"], timesteps)
+        noisy = self.noised(batch)
         pairs = encoded.map(lambda tensor: tensor.unflatten(0, ids.shape[:2]))
         if "time_ids" in batch:  # both prompts of a pair belong to the same image
             pairs = pairs.with_sizes(batch["time_ids"][:, None].expand(-1, 2, -1))
@@ -121,7 +121,7 @@ class PromptTuning(DiffusionMethod):
         With ``method.discriminator_replaces``, the losses of the decoded image replace the denoising loss.
         """
         noisy, guided = inputs.noisy.chunk(2)[0], self.combine(batch, predicted)
-        per_sample = self.model.loss(guided, batch, snr_gamma=self.setting.snr_gamma)
+        per_sample = self.model.loss(guided, batch, self.setting.loss)
         extras = {}
         if judged := self._image_losses(batch, noisy, guided):
             every = {"noise_loss": per_sample, **{name: loss for name, (loss, _) in judged.items()}}

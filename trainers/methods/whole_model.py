@@ -9,6 +9,8 @@ from torch import nn
 
 from dreamfleet.trainers.config.methods.whole_model import WholeModelConfig
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.methods.layer_rates import RateByLayer, freeze
+from dreamfleet.trainers.methods.lora_regularization import drop_hidden
 from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.file_names import DIFFUSERS_LORA
 from dreamfleet.trainers.models.formats.lora import LoraFile, write_diffusers_lora
@@ -21,8 +23,13 @@ LORA_FORMATS = ("diffusers_lora", "kohya_lora")
 
 
 def usual_formats(config: WholeModelConfig) -> tuple[str, ...]:
-    """Return the formats that an export writes by default."""
-    return WHOLE_FORMATS[:2] if config.lora_rank is None else LORA_FORMATS
+    """Return the formats that an export writes by default.
+
+    For a DoRA only diffusers' layout: ComfyUI and the webui read the other one, but divide by other lengths.
+    """
+    if config.lora_rank is None:
+        return WHOLE_FORMATS[:2]
+    return LORA_FORMATS[:1] if config.use_dora else LORA_FORMATS
 
 
 def possible_formats(config: WholeModelConfig) -> tuple[str, ...]:
@@ -34,28 +41,47 @@ def learning_parts(model: DiffusionModel, config: WholeModelConfig) -> nn.Module
     """Make the U-Net and, on request, the text encoders trainable; return one module that holds them.
 
     It is one module so that one engine (DDP, DeepSpeed) wraps all parts. With ``lora_rank`` it holds only the
-    LoRA matrices.
+    LoRA matrices. Frozen layers are not trained and get no LoRA.
     """
-    parts = model.trainable_parts(text=config.train_text_encoder)
+    parts, rate_of = model.trainable_parts(text=config.train_text_encoder), RateByLayer(config, model)
     unread = model.unread_layers() if config.train_text_encoder else []
     if config.lora_rank is not None:
         chosen = model.lora_layers(config.lora_target_modules, parts=list(parts), unread=unread)
+        rate_of.check(f"{part}.{layer}" for part, layers in chosen.items() for layer in layers)
+        chosen = {
+            part: [layer for layer in layers if not rate_of(f"{part}.{layer}").is_frozen]
+            for part, layers in chosen.items()
+        }
         alpha = config.lora_alpha or config.lora_rank
-        return add_adapters(model, chosen, rank=config.lora_rank, alpha=alpha, dropout=config.lora_dropout)
+        learning = add_adapters(
+            model,
+            chosen,
+            rank=config.lora_rank,
+            alpha=alpha,
+            dropout=config.lora_dropout,
+            use_dora=config.use_dora,
+        )
+        drop_hidden(model, config)
+        return learning
     learning = nn.ModuleDict(parts)
     for part in learning.values():
         part.requires_grad_(True).train()
     for module in unread:
         module.requires_grad_(False)
+    trained = (
+        f"{part}.{name}"
+        for part, module in learning.items()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    )
+    rate_of.check(trained)
+    freeze(learning, rate_of)
     return learning
 
 
-def part_groups(learning: nn.ModuleDict) -> list[ParamGroup]:
-    """Return the trainable parameters of each part as a group under the part's name."""
-    return [
-        ParamGroup(part, {f"{part}.{n}": p for n, p in module.named_parameters() if p.requires_grad})
-        for part, module in learning.items()
-    ]
+def part_groups(learning: nn.ModuleDict, config: WholeModelConfig, model: DiffusionModel) -> list[ParamGroup]:
+    """Return the trainable parameters of each part under the part's name, by learning rate: see `layer_rates`."""
+    return RateByLayer(config, model).groups(learning)
 
 
 def export_tuned(config: WholeModelConfig, model: DiffusionModel, order: Export) -> list[Path]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dreamfleet.trainers.models.formats.lora import Matrices
 
+MAGNITUDE = "lora_magnitude_vector"  # peft's name of the lengths of a DoRA
+
 
 class Strength(NamedTuple):
     """The strengths at which a LoRA is applied to the text encoders and to the denoiser."""
@@ -42,7 +44,12 @@ def adapted(part: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def insert_adapters(
-    part: Any, layers: Mapping[str, tuple[int, float]], *, adapter: str, dropout: float = 0.0
+    part: Any,
+    layers: Mapping[str, tuple[int, float]],
+    *,
+    adapter: str,
+    dropout: float = 0.0,
+    use_dora: bool = False,
 ) -> None:
     """Add an adapter to the named layers; ``layers``: name -> (rank, alpha).
 
@@ -62,6 +69,7 @@ def insert_adapters(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # peft accepts fractions too
             lora_dropout=dropout,
+            use_dora=use_dora,
             target_modules=list(layers),
             rank_pattern={f"^{name}": r for name, (r, _) in layers.items() if r != rank},
             alpha_pattern={f"^{name}": a for name, (_, a) in layers.items() if a != alpha},
@@ -89,8 +97,9 @@ def adapter_tree(part: nn.Module, adapter: str) -> nn.Module:
             if piece not in dict(node.named_children()):
                 node.add_module(piece, nn.Module())
             node = node.get_submodule(piece)
-        for kind in ("lora_A", "lora_B", "lora_dropout"):
-            node.add_module(kind, getattr(layer, kind)[adapter])
+        for kind in ("lora_A", "lora_B", "lora_dropout", MAGNITUDE):
+            if adapter in getattr(layer, kind):
+                node.add_module(kind, getattr(layer, kind)[adapter])
     return root
 
 
@@ -99,6 +108,15 @@ def fill_adapter(layer: Any, adapter: str, matrices: Matrices) -> None:
     with torch.no_grad():
         layer.lora_A[adapter].weight.copy_(matrices.down)
         layer.lora_B[adapter].weight.copy_(matrices.up)
+        if matrices.magnitude is not None:
+            lengths = getattr(layer, MAGNITUDE)[adapter].weight
+            lengths.copy_(matrices.magnitude.reshape(lengths.shape))
+
+
+def magnitude_of(layer: Any, adapter: str) -> Tensor | None:
+    """Return the lengths ``[out]`` of a layer's weights if its adapter is a DoRA, else None."""
+    lengths = getattr(layer, MAGNITUDE)
+    return lengths[adapter].weight.reshape(-1) if adapter in lengths else None
 
 
 def fit_matrices(matrices: Matrices, module: nn.Module) -> Matrices | None:
@@ -106,14 +124,14 @@ def fit_matrices(matrices: Matrices, module: nn.Module) -> Matrices | None:
 
     Files store the matrices of 1 x 1 convolutions either with or without the kernel dimensions.
     """
-    down, up, alpha = matrices
+    down, up, alpha, magnitude = matrices
     if not isinstance(module, nn.Linear | nn.Conv2d):
         return None
     leaving, entering, *kernel = module.weight.shape
     if down.numel() != len(down) * entering * int(torch.Size(kernel).numel()) or up.shape[0] != leaving:
         return None
     ones = [1] * len(kernel)
-    return Matrices(down.reshape(-1, entering, *kernel), up.reshape(leaving, -1, *ones), alpha)
+    return Matrices(down.reshape(-1, entering, *kernel), up.reshape(leaving, -1, *ones), alpha, magnitude)
 
 
 def fold_adapter(part: nn.Module, name: str, layer: Any) -> Callable[[], None]:
@@ -126,7 +144,11 @@ def fold_adapter(part: nn.Module, name: str, layer: Any) -> Callable[[], None]:
     kept = weight.detach().clone()
     with torch.no_grad():
         for adapter in layer.active_adapters:
-            weight.copy_(weight.float() + layer.get_delta_weight(adapter).to(weight.device, torch.float32))
+            changed = weight.float() + layer.get_delta_weight(adapter).to(weight.device, torch.float32)
+            if (lengths := magnitude_of(layer, adapter)) is not None:
+                rows = changed.flatten(1)
+                changed = (rows * (lengths.float() / rows.norm(dim=1))[:, None]).reshape(changed.shape)
+            weight.copy_(changed)
     _replace(part, name, base)
 
     def undo() -> None:

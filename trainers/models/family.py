@@ -17,19 +17,22 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamfleet.datasets.errors import ModelError
 from dreamfleet.datasets.registry import Registry
+from dreamfleet.trainers.config.loss import LossConfig
 from dreamfleet.trainers.config.model import ModelConfig
+from dreamfleet.trainers.config.noise import NoiseConfig
 from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.models import adapters, keyed_noise
 from dreamfleet.trainers.models.condition import Condition
+from dreamfleet.trainers.models.denoising_loss import PLAIN, denoising_losses
 from dreamfleet.trainers.models.formats.lora import LoraFile, read_lora
 from dreamfleet.trainers.models.pretrained import quiet_libraries
 from dreamfleet.trainers.models.prompt_pieces import Piece
 from dreamfleet.trainers.models.shared_weights import SharedWeights
+from dreamfleet.trainers.models.timesteps import TimestepDraw, make_timestep_draw
 
 Component = Literal["denoiser", "vae", "text_encoder"]
 #: Components that a method can request. A family may split one into several parts (SDXL has two text encoders).
@@ -308,9 +311,17 @@ class DiffusionModel(ABC):
     def clean_estimate(self, predicted: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """Return the clean latents ``[B, C, H, W]`` that a prediction implies, in float32."""
 
-    def loss_weights(self, timesteps: Tensor, snr_gamma: float) -> Tensor:
-        """Return the min-SNR loss weight of each sample ``[B]``. Raises ModelError if the family has no SNR."""
-        raise ModelError(f"{self.title} does not support train.snr_gamma; remove it")
+    @property
+    def num_timesteps(self) -> int | None:
+        """Number of timesteps of the noise process, from 0 (least noise) on; None if time is continuous."""
+        return None
+
+    def signal_to_noise(self, timesteps: Tensor, *, needed_by: str) -> Tensor:
+        """Return the signal-to-noise ratio at each timestep ``[B]``.
+
+        Raises ModelError that names ``needed_by``, a key of the recipe, if the family has none.
+        """
+        raise ModelError(f"{self.title} does not support {needed_by}; remove it")
 
     @abstractmethod
     def make_sampler(self, name: str) -> Any:
@@ -325,26 +336,32 @@ class DiffusionModel(ABC):
         return False
 
     def draw_noise(
-        self, keys: Sequence[keyed_noise.SampleKey], shape: tuple[int, ...], *, noise_offset: float = 0.0
+        self,
+        keys: Sequence[keyed_noise.SampleKey],
+        shape: tuple[int, ...],
+        options: NoiseConfig | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return noise ``[B, *shape]`` and timesteps ``[B]``, drawn per sample from a generator seeded by its key."""
-        return keyed_noise.draw_noise(
-            keys, shape, draw_timestep=self.draw_timestep, noise_offset=noise_offset
-        )
+        draw = self.timestep_draw(options or NoiseConfig())
+        return keyed_noise.draw_noise(keys, shape, draw_timestep=draw, options=options)
 
-    def loss(self, predicted: Tensor, batch: Mapping[str, Any], *, snr_gamma: float | None = None) -> Tensor:
-        """Return the loss per sample ``[B]``: the mean squared error of a prediction, weighted by the batch's ``mask``.
+    def timestep_draw(self, options: NoiseConfig) -> TimestepDraw:
+        """Return the function that draws timesteps: :meth:`draw_timestep`, or that of the recipe's options.
 
-        ``batch`` holds ``latents`` and ``noise`` ``[B, C, H, W]``, ``timesteps`` ``[B]`` and optionally ``mask``
-        ``[B, 1, H, W]``. ``snr_gamma``: gamma of the min-SNR weights; None for equal weights.
+        Raises RecipeError for limits that are not timesteps of the model, ModelError if it has no numbered timesteps.
         """
-        timesteps = batch["timesteps"]
-        target_BCHW = self.target(batch["latents"], batch["noise"], timesteps)
-        error_BCHW = F.mse_loss(predicted.float(), target_BCHW.float(), reduction="none")
-        if batch.get("mask") is not None:
-            error_BCHW = error_BCHW * batch["mask"]
-        per_sample = error_BCHW.flatten(1).mean(1)
-        return per_sample if snr_gamma is None else per_sample * self.loss_weights(timesteps, snr_gamma)
+        if not options.chooses_timesteps:
+            return self.draw_timestep
+        if self.num_timesteps is None:
+            raise ModelError(
+                f"{self.title} has no numbered timesteps, which train.timestep_sampling, min_timestep and "
+                "max_timestep need; remove them"
+            )
+        return make_timestep_draw(options, self.num_timesteps, model=self.folder)
+
+    def loss(self, predicted: Tensor, batch: Mapping[str, Any], options: LossConfig = PLAIN) -> Tensor:
+        """Return the loss per sample ``[B]`` of a prediction, see :func:`denoising_losses`; by default mean squared."""
+        return denoising_losses(self, predicted, batch, options)
 
     # Files
 
@@ -367,6 +384,20 @@ class DiffusionModel(ABC):
         depend, get none. Raises ModelError if the family does not support LoRA training.
         """
         raise ModelError(f"{self.title} does not support LoRA training; remove method.lora_rank")
+
+    def count_blocks(self) -> dict[str, int]:
+        """Return the number of the denoiser's blocks by section, in order, such as embed, down, mid, up and out.
+
+        Raises ModelError if the family has no numbered blocks.
+        """
+        raise ModelError(
+            f"{self.title} has no numbered blocks, which method.block_lr and down_lr_weight, mid_lr_weight and "
+            "up_lr_weight need; use method.lr_factors"
+        )
+
+    def block_of(self, layer: str) -> tuple[str, int]:
+        """Return the section and number of the block that a layer of the denoiser is in."""
+        raise ModelError(f"{self.title} has no numbered blocks")
 
     def read_lora(self, path: Path) -> LoraFile:
         """Read a LoRA file. Raises FormatError if it is not one."""

@@ -6,7 +6,7 @@ convolutions (LoCon) are those of kohya-ss/sd-scripts, `networks/lora.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from dreamfleet.trainers.models.adapters import (
     fit_matrices,
     fold_adapter,
     insert_adapters,
+    magnitude_of,
     remove_adapters,
 )
 from dreamfleet.trainers.models.embeddings import lend_embeddings
@@ -42,6 +43,7 @@ def add_adapters(
     rank: int,
     alpha: float,
     dropout: float = 0.0,
+    use_dora: bool = False,
 ) -> nn.ModuleDict:
     """Add trainable adapters, initially without effect, to the named layers of each part; return them by part.
 
@@ -51,7 +53,8 @@ def add_adapters(
     trainable = nn.ModuleDict()
     for part, names in layers.items():
         module = model.modules()[part]
-        insert_adapters(module, dict.fromkeys(names, (rank, alpha)), adapter=TRAINED, dropout=dropout)
+        shapes = dict.fromkeys(names, (rank, alpha))
+        insert_adapters(module, shapes, adapter=TRAINED, dropout=dropout, use_dora=use_dora)
         trainable[part] = adapter_tree(module, TRAINED)
         module.train()  # enables dropout; training mode has no other effect in these parts
     return trainable
@@ -64,6 +67,7 @@ def trained_layers(model: DiffusionModel) -> dict[str, Matrices]:
             layer.lora_A[TRAINED].weight.detach(),
             layer.lora_B[TRAINED].weight.detach(),
             float(layer.lora_alpha[TRAINED]),
+            None if (lengths := magnitude_of(layer, TRAINED)) is None else lengths.detach(),
         )
         for part, module in model.modules().items()
         for name, layer in adapted(module)
@@ -83,7 +87,9 @@ def set_loras(model: DiffusionModel, applied: Sequence[Applied]) -> None:
         for part_name, layers in _layers_by_part(model, file).items():
             module, adapter = model.modules()[part_name], f"drawing_{number}"
             scale = strength.denoiser if part_name == model.denoiser_name else strength.text
-            insert_adapters(module, {name: (m.rank, m.alpha) for name, m in layers.items()}, adapter=adapter)
+            is_dora = _is_dora(file, layers.values(), scale)
+            shapes = {name: (m.rank, m.alpha) for name, m in layers.items()}
+            insert_adapters(module, shapes, adapter=adapter, use_dora=is_dora)
             for name, layer in adapted(module):
                 if name in layers:
                     fill_adapter(layer, adapter, layers[name])
@@ -119,6 +125,18 @@ def merged(model: DiffusionModel) -> Iterator[None]:
     finally:
         for restore in reversed(undo):
             restore()
+
+
+def _is_dora(file: LoraFile, layers: Iterable[Matrices], strength: float) -> bool:
+    """Return whether layers are those of a DoRA. Raises ModelError if only some are, or the strength is not 1."""
+    kinds = {matrices.magnitude is not None for matrices in layers}
+    if len(kinds) > 1:
+        raise ModelError(f"{file.name}: only some of its layers are those of a DoRA, which cannot be applied")
+    if True in kinds and strength != 1:
+        raise ModelError(
+            f"{file.name} is a DoRA, which scales the weights themselves: its strength must be 1, not {strength:g}"
+        )
+    return True in kinds
 
 
 def _layers_by_part(model: DiffusionModel, file: LoraFile) -> dict[str, dict[str, Matrices]]:

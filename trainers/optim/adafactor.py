@@ -12,9 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreamfleet.trainers.config.builtin_optimizers import AdafactorOptions
+
 EPSILON = 1e-30  # added to squared gradients
 CLIP_THRESHOLD = 1.0  # maximum root mean square of an update
 DECAY = -0.8  # of the second moments: 1 - step ** DECAY
+
+
+def build(params: list[dict[str, Any]], options: AdafactorOptions) -> Adafactor:
+    """Return Adafactor for the parameter groups of a run."""
+    return Adafactor(params, lr=0.0, weight_decay=options.weight_decay or 0.0)
+
+
+def factored_rsqrt(row: Tensor, column: Tensor) -> Tensor:
+    """Return the inverse root ``[R, C]`` of the matrix whose means along its rows and columns are given."""
+    return (row / row.mean()).rsqrt_()[:, None] * column.rsqrt()[None]
+
+
+def clip_rms_(update: Tensor, threshold: float) -> None:
+    """Scale a tensor in place so that its root mean square is at most ``threshold``."""
+    rms = torch.linalg.vector_norm(update) / update.numel() ** 0.5
+    update.div_((rms / threshold).clamp_(min=1.0))
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -53,11 +71,10 @@ class Adafactor(torch.optim.Optimizer):
             row = state["exp_avg_sq_row"].lerp_(squared.mean(dim=1), fresh)
             column = state["exp_avg_sq_col"].lerp_(squared.mean(dim=0), fresh)
             del squared  # before the update of the same size is allocated
-            update = ((row / row.mean()).rsqrt_()[:, None] * column.rsqrt()[None]).mul_(grad)
+            update = factored_rsqrt(row, column).mul_(grad)
         else:
             update = state["exp_avg_sq"].lerp_(squared, fresh).rsqrt().mul_(grad)
-        rms = torch.linalg.vector_norm(update) / update.numel() ** 0.5
-        update.div_((rms / CLIP_THRESHOLD).clamp_(min=1.0))
+        clip_rms_(update, CLIP_THRESHOLD)
         if group["weight_decay"]:
             param.mul_(1 - group["lr"] * group["weight_decay"])
         param.add_(update.view_as(param), alpha=-group["lr"])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.datasets.registry import load_attribute
+from dreamfleet.trainers.config.builtin_optimizers import AdamOptions
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
-from dreamfleet.trainers.optim.adafactor import Adafactor
 from dreamfleet.trainers.optim.param_group import ParamGroup
 from dreamfleet.trainers.optim.schedules import make_multiplier, make_rate
 
@@ -17,31 +19,37 @@ from dreamfleet.trainers.optim.schedules import make_multiplier, make_rate
 def make_optimizer(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Build the optimizer with one parameter group per non-empty method group.
 
-    Raises ResourceError for the 8-bit optimizer without bitsandbytes.
+    Raises ResourceError if the optimizer needs a package that is not installed.
     """
-    options: dict[str, Any] = {
-        "lr": 0.0,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    params = [{"params": list(group.params.values()), "name": group.name} for group in groups if group.params]
-    if config.name == "adafactor":
-        return Adafactor(params, lr=0.0, weight_decay=config.adam_weight_decay)
-    if config.name == "adamw8bit":
-        return import_adamw8bit()(params, **options)
-    return torch.optim.AdamW(params, **options, fused=True)
+    check_package(config)
+    groups = [group for group in groups if group.params]
+    params = [{"params": list(group.params.values()), "name": group.name} for group in groups]
+    options = config.own_options().with_rates(
+        {group.name: (_rate_of_group(group, config), group.scale) for group in groups}
+    )
+    made: torch.optim.Optimizer = resolve(config.kind.build)(params, options)
+    return made
 
 
-def import_adamw8bit() -> type[torch.optim.Optimizer]:
-    """Return bitsandbytes' 8-bit AdamW. Raises ResourceError if it is not installed."""
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ResourceError(
-            "optimizer.name: adamw8bit needs bitsandbytes: pip install 'dreamfleet[gpu]'"
-        ) from None
-    return AdamW8bit
+def build_adamw(params: list[dict[str, Any]], options: AdamOptions) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW for the parameter groups of a run."""
+    return torch.optim.AdamW(params, lr=0.0, **options.model_dump(), fused=True)
+
+
+def check_package(config: OptimizerConfig) -> None:
+    """Raise ResourceError if the optimizer of a recipe needs a package that is not installed."""
+    kind = config.kind
+    if kind.package is not None and importlib.util.find_spec(kind.package) is None:
+        package = f"'dreamfleet[{kind.extra}]'" if kind.extra else kind.package
+        raise ResourceError(f"optimizer.name: {config.name} needs {kind.package}: pip install {package}")
+
+
+def resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
+    """Return a function of an :class:`Optimizer`, which may be given as ``"module:attribute"``."""
+    if not isinstance(function, str):
+        return function
+    found: Callable[..., Any] = load_attribute(function, what="the optimizer's function")
+    return found
 
 
 def make_rates(
@@ -59,9 +67,13 @@ def make_rates(
         base_rate=1.0 if isinstance(config.learning_rate, str) else config.learning_rate * scale_all,
     )
     return {
-        group.name: _scaled(make_rate(rate_of(group.name, config), multiplier), group.scale * scale_all)
+        group.name: _scaled(make_rate(_rate_of_group(group, config), multiplier), group.scale * scale_all)
         for group in groups
     }
+
+
+def _rate_of_group(group: ParamGroup, config: OptimizerConfig) -> float | str:
+    return rate_of(group.rates_of or group.name, config) if group.rate is None else group.rate
 
 
 def rate_of(group: str, config: OptimizerConfig) -> float | str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamfleet.datasets.rng import key
+from dreamfleet.trainers.optim.param_group import split_by_size
 
 DROPPED_BITS = 16  # mantissa bits of a float32 that a bfloat16 does not have
 
@@ -21,16 +21,19 @@ class Stepper:
     Weights in bfloat16 are stepped in float32 and rounded stochastically: up with a probability proportional
     to the distance from the lower value, so that updates too small for rounding to nearest take effect on
     average (Gupta et al. 2015, arXiv 1502.02551). The random bits are keyed by (seed, step, first parameter),
-    so a resumed run rounds identically. The optimizer's states are those of float32 weights.
+    so a resumed run rounds identically. The optimizer's states are those of float32 weights. ``steps_alone``: False
+    if all parameters must be stepped together, because the optimizer keeps numbers for all of a group.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, seed: int):
+    def __init__(self, optimizer: torch.optim.Optimizer, *, seed: int, steps_alone: bool = True):
         self.optimizer, self.seed = optimizer, seed
         self._groups: dict[nn.Parameter, dict[str, Any]] = {}
         self._parts: list[list[nn.Parameter]] = []
         for group in optimizer.param_groups:
             self._groups |= dict.fromkeys(group["params"], group)
-            self._parts += _split(group["params"])
+            self._parts += split_by_size(group["params"])
+        if not steps_alone:
+            self._parts = [list(self._groups)]
         self._numbers = {param: number for number, param in enumerate(self._groups)}
         self._generators: dict[torch.device, torch.Generator] = {}
 
@@ -42,7 +45,8 @@ class Stepper:
         """Run optimizer step ``step`` for every parameter with a gradient and drop the gradients.
 
         Small parameters are stepped together, because launching a kernel for each would take most of the
-        time. Float32 copies need no more memory than those of the largest parameter.
+        time. Float32 copies need no more memory than those of the largest parameter, unless all must be stepped
+        together.
         """
         for part in self._parts:
             if params := [param for param in part if param.grad is not None]:
@@ -50,29 +54,32 @@ class Stepper:
 
     @torch.no_grad()
     def _step(self, params: Sequence[nn.Parameter], step: int) -> None:
-        if params[0].dtype == torch.bfloat16:
-            self._step_bf16(params, step)
+        narrow = [param for param in params if param.dtype == torch.bfloat16]
+        if narrow:
+            self._step_bf16(params, narrow, step)
         else:
-            with self._only(params[0], params):
+            with self._only(params, params):
                 self.optimizer.step()
         for param in params:
             param.grad = None
 
-    def _step_bf16(self, params: Sequence[nn.Parameter], step: int) -> None:
-        flat, views = _to_float32(params, params)
+    def _step_bf16(self, params: Sequence[nn.Parameter], narrow: Sequence[nn.Parameter], step: int) -> None:
+        """Step ``params``, of which those in ``narrow`` are bfloat16."""
+        flat, views = _to_float32(narrow, narrow)
         wide = [nn.Parameter(view) for view in views]
-        _, gradients = _to_float32([param.grad for param in params if param.grad is not None], params)
-        for param, copy, gradient in zip(params, wide, gradients, strict=True):
+        _, gradients = _to_float32([param.grad for param in narrow if param.grad is not None], narrow)
+        for param, copy, gradient in zip(narrow, wide, gradients, strict=True):
             copy.grad, param.grad = gradient, None
         del gradients, gradient
-        self._move_states(params, wide)
-        with self._only(params[0], wide):
+        self._move_states(narrow, wide)
+        copies = dict(zip(narrow, wide, strict=True))
+        with self._only(params, [copies.get(param, param) for param in params]):
             self.optimizer.step()
-        self._move_states(wide, params)
+        self._move_states(wide, narrow)
         for copy in wide:
             copy.grad = None
-        round_stochastically(flat, self._generator(params[0], step))
-        torch._foreach_copy_(list(params), list(views))
+        round_stochastically(flat, self._generator(narrow[0], step))
+        torch._foreach_copy_(list(narrow), list(views))
 
     def _move_states(self, owners: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         """Move the optimizer states of ``owners`` to ``others``."""
@@ -82,34 +89,27 @@ class Stepper:
                 state[other] = state.pop(owner)
 
     @contextmanager
-    def _only(self, param: nn.Parameter, stepped: Sequence[nn.Parameter]) -> Iterator[None]:
-        """Within this context the optimizer has only the parameters ``stepped``, with the settings of ``param``."""
+    def _only(self, params: Sequence[nn.Parameter], stepped: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Within this context the optimizer has only the parameters ``stepped``, in the groups of ``params``."""
+        groups: dict[int, tuple[dict[str, Any], list[nn.Parameter]]] = {}
+        for param, copy in zip(params, stepped, strict=True):
+            group = self._groups[param]
+            groups.setdefault(id(group), (group, []))[1].append(copy)
         kept = self.optimizer.param_groups
-        self.optimizer.param_groups = [{**self._groups[param], "params": list(stepped)}]
+        kept_params = [(group, group["params"]) for group, _ in groups.values()]
+        for group, copies in groups.values():
+            group["params"] = copies  # in the group itself, in which some optimizers count their steps
+        self.optimizer.param_groups = [group for group, _ in groups.values()]
         try:
             yield
         finally:
             self.optimizer.param_groups = kept
+            for group, before in kept_params:
+                group["params"] = before
 
     def _generator(self, param: nn.Parameter, step: int) -> torch.Generator:
         generator = self._generators.setdefault(param.device, torch.Generator(param.device))
         return generator.manual_seed(key("round", self.seed, step, self._numbers[param]))
-
-
-def _split(params: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Split parameters in order into parts of one type and device, none larger than the largest parameter."""
-    parts: list[list[nn.Parameter]] = []
-    params = list(params)
-    most, size = max((param.numel() for param in params), default=0), 0
-    for _, alike in itertools.groupby(params, key=lambda param: (param.dtype, param.device)):
-        part: list[nn.Parameter] = []
-        for param in alike:
-            if not part or size + param.numel() > most:
-                parts.append(part := [])
-                size = 0
-            part.append(param)
-            size += param.numel()
-    return parts
 
 
 def _to_float32(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -135,21 +135,17 @@ def round_stochastically(value: Tensor, generator: torch.Generator) -> None:
     bits &= -(1 << DROPPED_BITS)
 
 
-def restore_states(
-    optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]], *, keep_types: bool
-) -> None:
-    """Copy states loaded by ``optimizer.load_state_dict`` into the memory layout of their weights.
+def restore_states(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]]) -> None:
+    """Replace states loaded by ``optimizer.load_state_dict`` by copies of the saved ones, in the layout of the weights.
 
-    New states have that layout, and fused kernels read a weight and its states in memory order.
-    ``keep_types`` restores the saved dtypes: torch casts loaded states to the dtype of the weights, which may
-    be narrower.
+    New states have that layout, and fused kernels read a weight and its states in memory order. The copies have the
+    saved dtypes: torch casts loaded states to the dtype of the weights, which may be another one.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for number, param in enumerate(params):
         for name, value in saved.get(number, {}).items():
             if isinstance(value, Tensor) and name != "step":
-                loaded = optimizer.state[param][name]
-                optimizer.state[param][name] = copy_in_layout(param, value if keep_types else loaded)
+                optimizer.state[param][name] = copy_in_layout(param, value)
 
 
 def copy_in_layout(param: Tensor, value: Tensor) -> Tensor:

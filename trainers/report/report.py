@@ -170,7 +170,8 @@ def _charts(folder: RunFolder) -> list[Chart]:
     loss = folder.curve("loss")
     rates: dict[str, list[Point]] = {}
     for line in folder.metrics:
-        for group, rate in (line.get("lr") or {}).items():
+        # what the optimizer applies, such as Prodigy's d x lr, or else the recipe's rates
+        for group, rate in (line.get("effective_lr") or line.get("lr") or {}).items():
             if _is_number(rate):
                 rates.setdefault(str(group), []).append((float(line["step"]), float(rate)))
     parts = [("instance_loss", "subject"), ("prior_loss", "class")]
@@ -193,7 +194,9 @@ def _charts(folder: RunFolder) -> list[Chart]:
         ),
         *(_metric_chart(folder, name, metric) for name, metric in METRICS.items() if name != "loss"),
         Chart(
-            "Learning rate",
+            "Effective learning rate"
+            if any("effective_lr" in line for line in folder.metrics)
+            else "Learning rate",
             [Line(k, v, colour=n % 4) for n, (k, v) in enumerate(rates.items())],
             from_zero=True,
         ),

@@ -37,7 +37,7 @@ from dreamfleet.trainers.methods.build import build_method, check_resolution
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod, require_diffusion
 from dreamfleet.trainers.methods.image_method import ImageMethod
 from dreamfleet.trainers.models.family import DiffusionModel, load_model
-from dreamfleet.trainers.optim.optimizers import import_adamw8bit, make_rates
+from dreamfleet.trainers.optim.optimizers import check_package, make_rates
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.disk import require_run_disk
 from dreamfleet.trainers.run.webui_optimizer import take_over
@@ -130,7 +130,7 @@ def assemble(
         sets.instances.column("concept"),
         seed=train.seed,
         global_batch=global_batch,
-        repeats=sets.instances.column("repeats"),
+        repeats=sets.instances.uses(),
         buckets=number_buckets(sizes),
         class_concepts=classes.column("concept") if classes is not None else (),
     )
@@ -262,5 +262,4 @@ def check_machine(recipe: Recipe, distributed: DistributedContext) -> None:
     a package that is not installed.
     """
     require_runnable(recipe.train, recipe.optimizer, has_gpu=distributed.device.type == "cuda")
-    if recipe.optimizer.name == "adamw8bit":
-        import_adamw8bit()
+    check_package(recipe.optimizer)

@@ -50,7 +50,7 @@ class RoundWorker:
     """
 
     def __init__(self, recipe: Recipe, *, device: torch.device | str = "cpu", begins: bool = True):
-        self.averages = recipe.engine.use_ema
+        self.averages = recipe.keeps_average
         self.checkpoints = Checkpoints(Storage(recipe.output_dir))
         distributed = DistributedContext(device=torch.device(device))
         recipe = evaluation_recipe(recipe)
@@ -93,6 +93,6 @@ class RoundWorker:
 def evaluation_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe with the engine torch, one process, and an optimizer that needs no GPU: nothing is trained."""
     engine = EngineConfig.model_validate({key: getattr(recipe.engine, key) for key in COMPUTES})
-    optimizer = recipe.optimizer.model_copy(update={"name": "adamw", "fused_backward": False})
+    optimizer = recipe.optimizer.model_copy(update={"name": "adamw", "options": {}, "fused_backward": False})
     scaling = recipe.scaling.model_copy(update={"num_workers": 0})
     return recipe.model_copy(update={"engine": engine, "optimizer": optimizer, "scaling": scaling})

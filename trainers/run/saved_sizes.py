@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from dreamfleet.trainers.artifacts.kind import ARTIFACTS
 from dreamfleet.trainers.config.engines import engine_name
-from dreamfleet.trainers.memory.estimate import optimizer_bytes
-from dreamfleet.trainers.memory.profile import count_factors
+from dreamfleet.trainers.config.optimizers import state_bytes
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.models.formats.file_names import EMBEDDING_IMAGES
 from dreamfleet.trainers.recipe import Recipe
@@ -32,12 +31,12 @@ PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}
 class WeightSizes:
     """Sizes of what a run saves: elements of each trained tensor, and bytes of each export by format.
 
-    ``width``: bytes of a trained weight in a checkpoint. ``factors``: means of squares that Adafactor keeps.
+    ``width``: bytes of a trained weight in a checkpoint. ``states``: bytes of the optimizer's states.
     """
 
     trained: tuple[int, ...]
     width: int
-    factors: int
+    states: int
     exports: Mapping[str, int]
 
 
@@ -50,7 +49,9 @@ def measure_weights(recipe: Recipe, method: Method) -> WeightSizes:
     return WeightSizes(
         trained=tuple(param.numel() for param in trained),
         width=2 if narrow else 4,
-        factors=count_factors(trained),
+        states=state_bytes(
+            [param.shape for param in trained], recipe.optimizer.name, recipe.optimizer.own_options()
+        ),
         exports={
             form: _export_bytes(form, method, PRECISIONS[recipe.train.save_precision])
             for form in recipe.train.export_formats or usual
@@ -60,10 +61,9 @@ def measure_weights(recipe: Recipe, method: Method) -> WeightSizes:
 
 def checkpoint_bytes(recipe: Recipe, sizes: WeightSizes) -> int:
     """Return the bytes of one checkpoint: weights, optimizer states and EMA."""
-    states = optimizer_bytes(sizes.trained, recipe.optimizer.name, sizes.factors)
-    average = 4 * sum(sizes.trained) if recipe.engine.use_ema else 0
-    records = len(sizes.trained) * (3 + recipe.engine.use_ema)
-    return weight_bytes(sizes) + states + average + records * RECORD + SAVED
+    average = 4 * sum(sizes.trained) if recipe.keeps_average else 0
+    records = len(sizes.trained) * (3 + recipe.keeps_average)
+    return weight_bytes(sizes) + sizes.states + average + records * RECORD + SAVED
 
 
 def weight_bytes(sizes: WeightSizes) -> int:

@@ -65,13 +65,13 @@ def write_optimizer_state(recipe: Recipe, found: Checkpoint, artifact: Path) -> 
         file = OptimizerFile(read_embedding(artifact).checksum, states)
     else:
         file = OptimizerFile(file_hash(artifact), states, "AdamW")
-    options = recipe.optimizer
+    options: Any = recipe.optimizer.own_options()
     return write_optimizer(
         artifact,
         file,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        weight_decay=options.adam_weight_decay,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
     )
 
 

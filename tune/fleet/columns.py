@@ -35,6 +35,7 @@ _REFUSED = {
     "storage": _WHOLE_FLEET,
     "data.train_data_dir": _OTHER_IMAGES,
     "data.concepts_list": _OTHER_IMAGES,
+    "data.sets": _OTHER_IMAGES,
 }
 
 

@@ -39,7 +39,7 @@ from dreamfleet.tune.fleet.subjects import PLACEHOLDER, SubjectRecipes, Subjects
 from dreamfleet.tune.fleet.table import Table, read_rows, read_table
 from dreamfleet.tune.pool.pool import run_pool
 
-_SOURCES = ("instance_data_dir", "image_dir", "train_data_dir", "concepts_list")
+_SOURCES = ("instance_data_dir", "image_dir", "train_data_dir", "concepts_list", "sets")
 
 
 @dataclass(frozen=True)

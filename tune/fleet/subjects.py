@@ -17,7 +17,7 @@ from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.tune.fleet.columns import CLASS_PROMPT, IMAGES, PROMPT
 
 PLACEHOLDER = "images-of-each-subject"
-_OTHER_SOURCES = ("data.train_data_dir", "data.concepts_list")
+_OTHER_SOURCES = ("data.train_data_dir", "data.concepts_list", "data.sets")
 _KEPT_TREES = 64  # plain recipes that are kept for the next subjects with equal values
 
 

@@ -11,7 +11,7 @@ import pytest
 from image_files import image, put
 
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.index import index as index_module
+from dreamfleet.datasets.index import set_table
 from dreamfleet.datasets.index.index import Index, build_index, log_left_out
 from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.storage.storage import Storage
@@ -138,7 +138,7 @@ def test_truncated_images_pass_only_without_verification(tmp_path, monkeypatch):
     put(tmp_path, "good.png", image(0))
     put(tmp_path, "cut.png", image(1, size=(80, 80))[:3000])
     assert len(build_index(str(tmp_path), verify=False)) == 2
-    monkeypatch.setattr(index_module, "VERIFY_LIMIT", 1)
+    monkeypatch.setattr(set_table, "VERIFY_LIMIT", 1)
     assert len(build_index(str(tmp_path))) == 2
     assert len(build_index(str(tmp_path), verify=True)) == 1
 

@@ -21,6 +21,7 @@ from tiny_models import FAMILIES
 from dreamfleet.datasets.config_base import Section
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.method import METHODS
+from dreamfleet.trainers.config.optimizers import OPTIMIZERS
 from dreamfleet.trainers.memory.strategies import ALTERING, CHOICES
 from dreamfleet.trainers.methods.base import method_class
 from dreamfleet.trainers.recipe import Recipe, build_recipe
@@ -40,7 +41,6 @@ LEFT_OUT: dict[Any, str] = {
     "engine.dynamo_backend": "comes with engine.torch_compile; inductor needs CUDA's compiler",
     "engine.zero_quantized_weights": "DeepSpeed compiles CUDA kernels for it",
     "engine.zero_quantized_gradients": "DeepSpeed compiles CUDA kernels for it",
-    ("optimizer.name", "adamw8bit"): "bitsandbytes is an extra",
     ("data.source", "stream"): "Ray Data streams on CPUs",
     ("validation.metrics", "dino"): "needs the weights of a DINO",
     ("model.prediction_type", "sample"): "no samplers draw it",
@@ -61,6 +61,10 @@ NEEDS: dict[Any, Values] = {
     "data.enable_bucket": BUCKETS,
     "data.bucket_no_upscale": BUCKETS,
     "model.rescale_betas_zero_snr": {"model.prediction_type": "v_prediction"},
+    "train.huber_schedule": {"train.loss_type": "huber"},
+    "train.scale_v_pred_loss_like_noise_pred": {"model.prediction_type": "v_prediction"},
+    "train.noise_offset_random_strength": {"train.noise_offset": 0.1, "train.multires_noise_iterations": 4},
+    "train.ip_noise_gamma_random_strength": {"train.ip_noise_gamma": 0.1},
     "method.with_prior_preservation": {"method.num_class_images": 2},
     "method.lora_target_modules": {"method.lora_rank": 4, "method.lora_dropout": 0.1},
     "method.aesthetic_text_negative": {"method.aesthetic_text": "a dog"},
@@ -71,8 +75,15 @@ NEEDS: dict[Any, Values] = {
 }
 #: Values of keys that are neither boolean nor enumerated, but change the operations on a GPU.
 FURTHER: list[Values] = [
+    # 8-bit and paged optimizers need bitsandbytes, an extra
+    *(
+        {"optimizer.name": name}
+        for name, kind in OPTIMIZERS.items()
+        if kind.package is None and name != "adamw"
+    ),
     {"train.snr_gamma": 5.0},
     {"train.noise_offset": 0.1},
+    {"train.loss_type": "smooth_l1", "train.v_pred_like_loss": 0.5, "train.timestep_sampling": "cosmap"},
     {"train.gradient_accumulation_steps": 2},
     {"optimizer.max_grad_norm": 0},
     {"model.clip_skip": 2},

@@ -136,6 +136,8 @@ PAIRS = [
     ("save_every_n_steps", 500, "save_every_n_epochs", 1),
     ("batch_size", 2, "train_batch_size", 2),
     ("snr_gamma", 5, "min_snr_gamma", 5),
+    ("ip_noise_gamma", 0.1, "input_perturbation", 0.1),
+    ("timestep_sampling", "cosmap", "timestep_bias_strategy", "later"),
 ]
 
 

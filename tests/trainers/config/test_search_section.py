@@ -12,6 +12,7 @@ from searches import RATES, VECTORS, make_recipe, make_tree
 
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.config.method import METHODS
+from dreamfleet.trainers.config.search import put_point
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 
 
@@ -24,6 +25,9 @@ from dreamfleet.trainers.recipe import build_recipe, load_recipe
         ({"space": {"data.resolution": VECTORS}}, "compared"),
         ({"space": {"validation.steps": VECTORS}}, "compared"),
         ({"space": {"scaling.num_workers": VECTORS}}, "workers_per_trial"),
+        ({"space": {"optimizer.name": {**VECTORS, "values": ["adamw", "lyon"]}}}, "did you mean 'lion'?"),
+        ({"space": {"optimizer.options": VECTORS}}, "search its keys: optimizer.options.weight_decay"),
+        ({"space": {"optimizer.options.d_coef": RATES}}, "optimizer.options.d_coef: no key of this recipe"),
         ({"space": {}}, "search.space"),
         ({"space": {"method.num_vectors": {**VECTORS, "values": [1, 76]}}}, "less than or equal to 75 (got 76)"),
         (
@@ -193,3 +197,16 @@ def test_the_space_can_be_nested_and_changed_from_the_command_line(tmp_path: Pat
     assert space["optimizer.learning_rate"].lower == 1e-5
     assert space["optimizer.adam_beta1"].upper == 0.9
     assert space["optimizer.adam_epsilon"].values == [1e-8, 1e-7]
+
+
+def test_optimizers_and_their_options_can_be_searched(tmp_path: Path) -> None:
+    names = {"distribution": "choice", "values": ["adamw", "lion", "came"]}
+    recipe = build_recipe(
+        make_tree(tmp_path, space={"optimizer.name": names, "optimizer.learning_rate": RATES})
+    )
+    assert recipe.search is not None and recipe.search.space["optimizer.name"].values == names["values"]
+    tree = make_tree(tmp_path, space={"optimizer.options.d_coef": {**RATES, "lower": 0.3, "upper": 3.0}})
+    tree["optimizer"] = {"name": "prodigy", "learning_rate": 1.0}
+    assert list(build_recipe(tree).search.space) == ["optimizer.options.d_coef"]  # type: ignore[union-attr]
+    changed = put_point(build_recipe(tree).model_dump(mode="json"), {"optimizer.options.d_coef": 2.0})
+    assert build_recipe(changed).optimizer.options == {"d_coef": 2.0}

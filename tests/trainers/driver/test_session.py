@@ -23,6 +23,7 @@ from dreamfleet.trainers.driver import session as ray_session
 from dreamfleet.trainers.driver import shared_paths as machines
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
+from dreamfleet.trainers.driver.session import Node, RaySession
 from dreamfleet.trainers.driver.shared_paths import shared_paths, written_paths
 from dreamfleet.trainers.driver.throughput import Pace
 from dreamfleet.trainers.driver.worker import worker_environment
@@ -334,7 +335,7 @@ def test_a_local_disk_of_each_machine_is_not_a_shared_path(tmp_path: Path) -> No
     assert "/nvme" not in str(shared_paths(recipe)) and "/nvme" in str(recipe.paths)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two_machines() -> Iterator[str]:
     """Start a cluster of two Ray nodes with one CPU each; return its address."""
     from ray.cluster_utils import Cluster
@@ -343,6 +344,30 @@ def two_machines() -> Iterator[str]:
     cluster.add_node(num_cpus=1)
     yield cluster.address
     cluster.shutdown()
+
+
+@pytest.mark.cluster
+def test_a_machine_that_is_lost_while_it_is_asked_is_left_out(tmp_path: Path, two_machines: str) -> None:
+    """Test this with a node that Ray does not have; while it still counts as living it is an error."""
+    lost = Node("ab" * 28, "10.0.0.9", {"CPU": 1.0})
+
+    class Shrinking(RaySession):
+        asked = 0
+
+        def nodes(self) -> list[Node]:
+            Shrinking.asked += 1
+            return [*super().nodes(), *([lost] if Shrinking.asked <= Shrinking.seen_alive else [])]
+
+        seen_alive = 1
+
+    with ray_session.ray_session(two_machines):
+        session = Shrinking(private=False, address=two_machines)
+        folders = {"output_dir": [str(tmp_path)]}
+        machines.check_machines(session, reads={}, writes=folders)
+        assert Shrinking.asked == 2, "the machine was looked for a second time"
+        Shrinking.asked, Shrinking.seen_alive = 0, 99
+        with pytest.raises(ResourceError, match=r"10\.0\.0\.9 cannot run dreamfleet"):
+            machines.check_machines(session, reads={}, writes=folders)
 
 
 @pytest.mark.cluster

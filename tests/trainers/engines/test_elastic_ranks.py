@@ -14,7 +14,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.method import METHODS
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 
-NAMES = sorted({*METHODS.names(), "dropout", "prior", "buckets"})
+NAMES = sorted({*METHODS.names(), "dropout", "prior", "buckets", "prodigy", "schedule-free"})
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from dreamfleet.datasets.errors import ResourceError
 from dreamfleet.trainers.batches.feed import REMEMBERED
 from dreamfleet.trainers.config.units import parse_size
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
-from dreamfleet.trainers.memory.estimate import GIB, cheapest_fit, estimate, estimate_all, optimizer_bytes
+from dreamfleet.trainers.memory.estimate import GIB, cheapest_fit, estimate, estimate_all
 from dreamfleet.trainers.memory.inputs import Counts, Pass
 from dreamfleet.trainers.memory.strategies import CHOICES, EngineChoice
 from dreamfleet.trainers.memory.trace import precision
@@ -62,7 +62,7 @@ def test_estimates_equal_the_memory_of_a_bfloat16_run_with_adafactor(tmp_path: P
 
 
 def test_choices_that_change_the_training_are_shown_but_not_chosen(tmp_path: Path) -> None:
-    counts = simple_counts(mixed=True, factors=2**16)
+    counts = simple_counts(mixed=True, shapes=((2**15, 2**15),))
     estimates = {one.choice.name: one for one in estimate_all(counts)}
     names = [name for name, one in estimates.items() if one.choice.alters]
     assert len(names) == 3 and list(estimates)[-3:] == names
@@ -271,7 +271,7 @@ def test_every_worker_of_a_host_counts() -> None:
     )
     assert together["training"] == 4 * apart["training"]
     # Weights, moments and step counts are copied, and the weights once more to be written.
-    copied = 4 * GIB + optimizer_bytes(simple_counts().learning) + 4 * GIB
+    copied = 4 * GIB + simple_counts().states + 4 * GIB
     assert apart["saving"] - apart["training"] == together["saving"] - together["training"] == copied
 
 

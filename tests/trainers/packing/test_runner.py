@@ -49,7 +49,15 @@ VARIANTS: dict[str, list[Tree]] = {
 RUN_CHANGES: list[Tree] = [
     {"train__train_batch_size": 1},
     {"train__train_batch_size": 2, "train__gradient_accumulation_steps": 2, "engine__use_ema": True},
-    {"train__train_batch_size": 1, "optimizer__max_grad_norm": 0.1, "train__snr_gamma": 5.0},
+    {
+        "train__train_batch_size": 1,
+        "optimizer__max_grad_norm": 0.1,
+        "train__snr_gamma": 5.0,
+        "train__loss_type": "huber",
+        "train__multires_noise_iterations": 3,
+        "train__ip_noise_gamma": 0.1,
+        "train__timestep_sampling": "logit_normal",
+    },
 ]
 
 
@@ -97,6 +105,31 @@ def last_checkpoint(folder: Path) -> Checkpoint:
     found = Checkpoints(Storage(str(folder))).load_latest()
     assert found is not None
     return found
+
+
+OTHER_OPTIMIZERS = ("prodigy", "adamw_schedulefree", "lion", "came", "prodigy_schedulefree")
+
+
+def test_packed_trainings_may_have_different_optimizers(tmp_path: Path) -> None:
+    """Test that each has its own estimates and averages, and exports what it exports alone."""
+    trees = {}
+    for number, name in enumerate(OTHER_OPTIMIZERS):
+        rate = 1.0 if name.startswith("prodigy") else 1e-4
+        changes = {"optimizer": {"name": name, "learning_rate": rate}, "train__seed": number}
+        method = {**SECTIONS["textual_inversion"], "num_vectors": 1 + number % 2}
+        trees[name] = tiny.make_recipe(tmp_path, method=method, **changes)
+    run_packed(trees, tmp_path / "packed")
+    run_alone(trees, tmp_path / "alone")
+    for name in trees:
+        ours, theirs = (last_checkpoint(tmp_path / kind / name) for kind in ("packed", "alone"))
+        for key, value in ours.learned.items():
+            torch.testing.assert_close(value, theirs.learned[key], rtol=1e-3, atol=1e-4)
+        lines = [metrics(tmp_path / kind / name)[-1] for kind in ("packed", "alone")]
+        assert ("effective_lr" in lines[0]) is ("prodigy" in name or "schedulefree" in name)
+        for key in ("loss", "grad_norm"):
+            assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-3)
+        if "effective_lr" in lines[0]:
+            assert lines[0]["effective_lr"] == pytest.approx(lines[1]["effective_lr"], rel=1e-2)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -35,11 +35,33 @@ from dreamfleet.trainers.run.stopwatch import Clock
 TEXTUAL_INVERSION = {"name": "textual_inversion", "placeholder_token": "<x>", "num_vectors": 2}
 
 
-@pytest.mark.parametrize("method", [{"name": "dreambooth", "train_text_encoder": True}, TEXTUAL_INVERSION])
-def test_a_run_stopped_twice_equals_an_uninterrupted_one(tmp_path: Path, method: dict[str, Any]) -> None:
-    straight = recipe_tree(tmp_path, "straight", method=method)
+#: Options that draw random numbers of their own.
+RANDOM = {
+    "train__noise_offset": 0.1,
+    "train__noise_offset_random_strength": True,
+    "train__multires_noise_iterations": 3,
+    "train__ip_noise_gamma": 0.1,
+    "train__ip_noise_gamma_random_strength": True,
+    "train__timestep_sampling": "later",
+    "train__timestep_bias_multiplier": 3.0,
+    "train__loss_type": "smooth_l1",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ({"name": "dreambooth", "train_text_encoder": True}, {}),
+        (TEXTUAL_INVERSION, {}),
+        ({"name": "native", "lora_rank": 2, "lora_dropout": 0.2}, RANDOM),
+    ],
+)
+def test_a_run_stopped_twice_equals_an_uninterrupted_one(
+    tmp_path: Path, method: dict[str, Any], options: dict[str, Any]
+) -> None:
+    straight = recipe_tree(tmp_path, "straight", method=method, **options)
     run_worker(build_recipe(straight))
-    broken = recipe_tree(tmp_path, "broken", method=method)
+    broken = recipe_tree(tmp_path, "broken", method=method, **options)
     first = run_worker(build_recipe(broken), should_stop=tiny.Stop(1))
     assert first.exit_reason == "interrupted" and 0 < first.steps < 6
     second = run_worker(build_recipe(broken), resume=True, should_stop=tiny.Stop(1))
@@ -54,13 +76,17 @@ def test_a_run_killed_by_sigkill_equals_an_uninterrupted_one(tmp_path: Path) -> 
     run_worker(build_recipe(straight))
     path = tiny.write_recipe(tmp_path / "killed.yaml", killed)
     script = (
-        "import os, signal, sys\n"
+        "import os, signal, sys, time\n"
+        "from dreamfleet.datasets.storage.storage import Storage\n"
+        "from dreamfleet.trainers.run.checkpoint import Checkpoints\n"
         "from dreamfleet.trainers.recipe import load_recipe\n"
         "from dreamfleet.trainers.run.run import run_worker\n"
         "polls = iter(range(99))\n"
+        f"checkpoints = Checkpoints(Storage({killed['output_dir']!r}))\n"
         "def kill():\n"
-        "    if next(polls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return False\n"
+        "    if next(polls) < 3: return False\n"
+        "    while checkpoints.steps() != [2]: time.sleep(0.01)\n"  # saves are written in the background
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
         f"run_worker(load_recipe({str(path)!r}), should_stop=kill)\n"
     )
     # As many threads as in this process: the summation order of a matrix product depends on the number.

@@ -7,8 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
+from dreamfleet.trainers.config.loss import LossConfig
 from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 from dreamfleet.trainers.config.model import HUB_MODEL
+from dreamfleet.trainers.config.noise import NoiseConfig
 
 Slerp = Literal["off", "channels", "tokens"]
 
@@ -26,6 +28,10 @@ class AestheticGradientsConfig(MethodConfig):
             ("engine.zero_stage", "engine.use_ema"), "which sums a mean with an optimizer of its own"
         ),
         "data.cache_dir": "which trains on images, not latents",
+        **{
+            f"train.{key}": "which adds no noise"
+            for key in (*LossConfig.model_fields, *NoiseConfig.model_fields)
+        },
     }
     no_plan: ClassVar[str | None] = (
         "trains no weights: a step needs the memory of CLIP on train.train_batch_size images, and generation that of "

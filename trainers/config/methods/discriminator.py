@@ -9,8 +9,10 @@ from pydantic import Field, model_validator
 
 from dreamfleet.datasets.config import MOST_CLASSES
 from dreamfleet.datasets.path_field import PathField
+from dreamfleet.trainers.config.loss import LossConfig
 from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 from dreamfleet.trainers.config.model import HUB_MODEL
+from dreamfleet.trainers.config.noise import NoiseConfig
 
 INPUT_SIZE = 384  # default side of the input in pixels, if a file does not specify it
 
@@ -28,7 +30,10 @@ class DiscriminatorConfig(MethodConfig):
         "data.alpha_mask": "which trains on whole images",
         "data.cache_dir": "which trains on images, not latents",
         "train.gradient_checkpointing": "whose ConvNeXt does not support it",
-        **dict.fromkeys(("train.snr_gamma", "train.noise_offset"), "which adds no noise"),
+        **{
+            f"train.{key}": "which adds no noise"
+            for key in (*LossConfig.model_fields, *NoiseConfig.model_fields)
+        },
     }
     not_searched: ClassVar[Mapping[str, str]] = {
         "holdout_per_class": "trials that are measured differently cannot be compared"

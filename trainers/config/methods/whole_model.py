@@ -7,8 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
+from dreamfleet.trainers.config.engine import EngineConfig
+from dreamfleet.trainers.config.engines import engine_name, engine_spec
+from dreamfleet.trainers.config.layer_rates import LayerRates
 from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 
+_HIDDEN_DROPOUTS = ("neuron_dropout", "rank_dropout", "module_dropout")
 _TARGET_SETS = ("all-linear", "locon")
 
 
@@ -18,8 +22,8 @@ def _split(value: Any) -> Any:
     return value
 
 
-class WholeModelConfig(MethodConfig):
-    """Options shared by the methods that train the weights of the model, directly or with a LoRA."""
+class WeightsConfig(MethodConfig):
+    """What is trained: the weights of the model, or a LoRA of some layers."""
 
     artifacts: ClassVar[tuple[str, ...]] = ("checkpoint", "lora")
     search_spaces: ClassVar[Mapping[str, SearchSpace]] = {
@@ -54,6 +58,31 @@ class WholeModelConfig(MethodConfig):
         validation_alias=AliasChoices("lora_dropout", "network_dropout"),
         description="dropout probability of a layer's input to its LoRA",
     )
+    use_dora: bool = Field(
+        False,
+        validation_alias=AliasChoices("use_dora", "dora_wd"),
+        description="train a DoRA (Liu et al. 2024): a LoRA of the weights' directions, and their lengths; slower; "
+        "for diffusers; merge it into the model for other programs",
+    )
+    neuron_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="dropout probability of the numbers between a LoRA's matrices: network_dropout of kohya's scripts, "
+        "whose place is another than lora_dropout's",
+    )
+    rank_dropout: float = Field(
+        0.0, ge=0, lt=1, description="probability of leaving out a rank of a LoRA for an image"
+    )
+    module_dropout: float = Field(
+        0.0, ge=0, lt=1, description="probability of leaving out the LoRA of a layer for a batch"
+    )
+    scale_weight_norms: float | None = Field(
+        None,
+        gt=0,
+        description="largest norm of a LoRA's change of a layer; after each step larger ones are scaled down; kohya "
+        "suggests 1",
+    )
     lora_target_modules: (
         Annotated[
             Literal["all-linear", "locon"] | Annotated[tuple[str, ...], Field(min_length=1)],
@@ -76,17 +105,59 @@ class WholeModelConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _check_lora(self) -> Self:
-        given = [key for key in ("lora_alpha", "lora_dropout", "lora_target_modules") if getattr(self, key)]
+        keys = (
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "use_dora",
+            *_HIDDEN_DROPOUTS,
+            "scale_weight_norms",
+        )
+        given = [key for key in keys if getattr(self, key)]
         if given and self.lora_rank is None:
             raise ValueError(
                 f"{given[0]} needs lora_rank, such as 8; without it the full weights are trained"
+            )
+        inside = [key for key in (*_HIDDEN_DROPOUTS, "scale_weight_norms") if getattr(self, key)]
+        if self.use_dora and inside:
+            raise ValueError(
+                f"use_dora cannot be combined with {inside[0]}: the length of a weight depends on its whole LoRA; use "
+                "lora_dropout, or a LoRA"
             )
         return self
 
     @property
     def unpackable(self) -> str | None:
-        return "without lora_rank trains the model itself" if self.lora_rank is None else super().unpackable
+        if self.lora_rank is None:
+            return "without lora_rank trains the model itself"
+        if self.use_dora:
+            return "with use_dora scales the frozen weights"
+        used = [key for key in _HIDDEN_DROPOUTS if getattr(self, key)]
+        if used:
+            return f"with {used[0]} changes a LoRA between its matrices, which a pack multiplies at once"
+        return super().unpackable
+
+    def refused_by_engine(self, engine: EngineConfig) -> str | None:
+        if self.scale_weight_norms is not None and engine_name(engine) != "torch":
+            return (
+                f"method.scale_weight_norms: {engine_spec(engine).setting(engine)} shards the weights, which then "
+                "cannot be scaled between steps; leave it out, or train with plain torch (engine.name: torch)"
+            )
+        if self.use_dora and engine.zero_stage == 3:
+            return "method.use_dora reads whole weights, which engine.zero_stage: 3 shards; use zero_stage: 2"
+        return None
 
     @property
     def has_dropout(self) -> bool:
-        return self.lora_dropout > 0
+        return any(getattr(self, key) for key in ("lora_dropout", *_HIDDEN_DROPOUTS))
+
+
+class WholeModelConfig(LayerRates, WeightsConfig):  # pydantic lists the keys of the last base class first
+    """Options shared by the methods that train the weights of the model, directly or with a LoRA."""
+
+    @model_validator(mode="after")
+    def _check_ratios(self) -> Self:
+        ratios = [key for key in type(self).model_fields if key.startswith("loraplus") and getattr(self, key)]
+        if ratios and self.lora_rank is None:
+            raise ValueError(f"{ratios[0]} needs lora_rank, such as 8; without it there are no up matrices")
+        return self

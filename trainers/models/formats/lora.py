@@ -22,7 +22,7 @@ from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.models.formats.embedding import Embedding, embedding_in, embedding_tensors
 from dreamfleet.trainers.models.formats.ldm_names import Family
 from dreamfleet.trainers.models.formats.lora_header import PEFT, kohya_entries, own_entries
-from dreamfleet.trainers.models.formats.lora_names import PARTS, STANDARD_LAYERS, kohya_name, layer_of_key
+from dreamfleet.trainers.models.formats.lora_names import STANDARD_LAYERS, kohya_name, layer_of_key
 from dreamfleet.trainers.models.formats.pickle_writer import is_dense, is_real, load_pickle, require_backed
 from dreamfleet.trainers.models.formats.tensor_files import (
     read_safetensors,
@@ -40,11 +40,15 @@ _WIDTHS: dict[int, Family] = {1024: "sd2", 2048: "sdxl"}  # by context width; th
 
 
 class Matrices(NamedTuple):
-    """The LoRA of one layer: ``down`` ``[r, in]`` or ``[r, in, kh, kw]``, ``up`` ``[out, r]`` or ``[out, r, 1, 1]``."""
+    """The LoRA of one layer: ``down`` ``[r, in]`` or ``[r, in, kh, kw]``, ``up`` ``[out, r]`` or ``[out, r, 1, 1]``.
+
+    ``magnitude`` ``[out]``: the lengths of the weights of a DoRA (Liu et al. 2024, arXiv 2402.09353).
+    """
 
     down: Tensor
     up: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -68,11 +72,11 @@ class LoraFile:
     @property
     def family(self) -> Family:
         """The family of its base model, derived from the context width and the parts that it changes."""
-        for layer, (down, _, _) in self.layers.items():
+        for layer, matrices in self.layers.items():
             if layer.startswith("text_encoder_2.") or ".transformer_blocks.1." in layer:
                 return "sdxl"
             if layer.endswith(("attn2.to_k", "attn2.to_v")):
-                return _WIDTHS.get(down.shape[1], "sd1")
+                return _WIDTHS.get(matrices.down.shape[1], "sd1")
         return "sd1"
 
 
@@ -90,8 +94,14 @@ def write_diffusers_lora(file: LoraFile, path: Path, *, dtype: torch.dtype = tor
             names,
         )
     state = {}
-    for layer, (down, up, alpha) in file.layers.items():
+    for layer, (down, up, alpha, magnitude) in file.layers.items():
         _require_finite(layer, (down, up), path)
+        if magnitude is not None:
+            # peft's shape is [out], of convolutions [1, out, 1, 1]. Without `.weight`, diffusers 0.42 leaves out
+            # the lengths of text encoders.
+            ones = [1] * (down.ndim - 2)
+            shaped = magnitude.reshape(1, -1, *ones) if ones else magnitude
+            state[f"{layer}.lora_magnitude_vector.weight"] = shaped.float().to(dtype)
         state[f"{layer}.lora_A.weight"] = down.float().to(dtype)
         state[f"{layer}.lora_B.weight"] = (up.float() * (alpha / down.shape[0])).to(dtype)
     write_safetensors(state, path, header=own_entries(file.metadata))
@@ -113,12 +123,16 @@ def write_kohya_lora(
     """
     family = family or file.family
     state: dict[str, Tensor] = {}
-    for layer, (down, up, alpha) in file.layers.items():
+    for layer, (down, up, alpha, magnitude) in file.layers.items():
         _require_finite(layer, (down, up), path)
         name = kohya_name(layer, sdxl=family == "sdxl", unet_config=unet_config)
         state[f"{name}.alpha"] = torch.tensor(float(alpha))
         state[f"{name}.lora_down.weight"] = down.float().to(dtype)
         state[f"{name}.lora_up.weight"] = up.float().to(dtype)
+        if (
+            magnitude is not None
+        ):  # LyCORIS' key and shape; ComfyUI tells by the shape that it is the output's
+            state[f"{name}.dora_scale"] = magnitude.reshape(-1, *[1] * (down.ndim - 1)).float().to(dtype)
     for embedding in file.embeddings:
         for key, tensor in embedding_tensors(embedding).items():
             state[f"{_BUNDLED}{embedding.name}.{key}"] = tensor.to(dtype)
@@ -141,7 +155,7 @@ def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> L
     """Read a LoRA of either layout on the CPU in float32, with its embeddings; its name is the file's stem.
 
     ``layers_per_block``: that of the model's U-Net, for files with Stability's block names. Raises FormatError for
-    another kind of file, and for LoHa, LoKr, DoRA and other forms with more than two matrices per layer.
+    another kind of file, and for LoHa, LoKr and other forms with more than two matrices per layer.
     """
     path = Path(path)
     tensors, header = _read_tensors(path)
@@ -164,8 +178,8 @@ def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> L
     ):
         if keys:
             raise FormatError(
-                f"{path}: {len(keys)} keys {what}: {', '.join(map(repr, keys[:4]))}. LoRA and LoCon files can be read, "
-                "LoHa, LoKr and DoRA cannot."
+                f"{path}: {len(keys)} keys {what}: {', '.join(map(repr, keys[:4]))}. LoRA, LoCon and DoRA files "
+                "can be read, LoHa and LoKr cannot."
             )
     alphas = _PeftAlphas(header, path)
     layers = {layer: _matrices(layer, parts, alphas, path) for layer, parts in found.items()}
@@ -209,8 +223,6 @@ class _PeftAlphas:
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}: its header is damaged ({error}).") from error
         self._entries: dict[str, Any] = entries if isinstance(entries, dict) else {}
-        if any(self._entries.get(f"{part}.use_dora") is True for part in PARTS):
-            raise FormatError(f"{path}: a DoRA, which cannot be read.")
 
     def of(self, layer: str, rank: int) -> Any:
         """Return the alpha of a layer (before division by the rank); ``rank`` is that of its matrices."""
@@ -245,7 +257,24 @@ def _matrices(layer: str, parts: Mapping[str, Tensor], alphas: _PeftAlphas, path
         alpha = alpha[0]
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise FormatError(f"{path}: the layer {layer} has an alpha that is not a number.")
-    return Matrices(down, up, float(alpha))
+    return Matrices(down, up, float(alpha), _magnitude(layer, parts, len(up), path))
+
+
+def _magnitude(layer: str, parts: Mapping[str, Tensor], count: int, path: Path) -> Tensor | None:
+    if "magnitude" not in parts:
+        return None
+    found = parts["magnitude"].float()
+    _require_finite(layer, (found,), path)
+    outputs = [place for place, size in enumerate(found.shape) if size != 1]
+    kohyas = found.ndim in (2, 4) and found.shape[0] == count and outputs in ([0], [])
+    if found.numel() != count or not (
+        kohyas or found.ndim == 1 or (found.ndim == 4 and outputs in ([1], []))
+    ):
+        raise FormatError(
+            f"{path}: the layer {layer} has {list(found.shape)} lengths of a DoRA, and {count} outputs: LyCORIS writes "
+            "lengths of the inputs without its option wd_on_output, which cannot be read."
+        )
+    return found.reshape(-1)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

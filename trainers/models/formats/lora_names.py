@@ -110,11 +110,12 @@ _DIFFUSERS_ENDS: tuple[tuple[re.Pattern[str], dict[str, str]], ...] = (
     (re.compile(r"(.+)\.lora(?:_linear_layer)?\.(down|up)\.weight"), {}),
     (re.compile(r"(.+)_lora\.(down|up)\.weight"), {}),
     (re.compile(r"(.+)\.(alpha)"), {}),
+    (re.compile(r"(.+)\.lora_(magnitude)_vector(?:\.default)?(?:\.weight)?"), {}),
 )
 
 
 def layer_of_diffusers(key: str) -> tuple[str, str] | None:
-    """Return (layer, ``down``, ``up`` or ``alpha``) of a key in diffusers' layout; None for any other key."""
+    """Return (layer, ``down``, ``up``, ``alpha`` or ``magnitude``) of a key in diffusers' layout; None for others."""
     for pattern, names in _DIFFUSERS_ENDS:
         if match := pattern.fullmatch(key):
             layer, which = match[1].replace(".processor.", "."), names.get(match[2], match[2])
@@ -130,9 +131,9 @@ def layer_of_diffusers(key: str) -> tuple[str, str] | None:
 
 
 def layer_of_key(key: str, *, layers_per_block: int = STANDARD_LAYERS) -> tuple[str, str] | None:
-    """Return (layer, ``down``, ``up`` or ``alpha``) of a key in either layout; None for any other key."""
+    """Return (layer, ``down``, ``up``, ``alpha`` or ``magnitude``) of a key in either layout; None for others."""
     name, _, end = key.partition(".")
-    ends = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+    ends = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude"}
     if name.startswith("lora_"):
         layer = layer_of_kohya(name, layers_per_block=layers_per_block)
         return (layer, ends[end]) if layer and end in ends else None

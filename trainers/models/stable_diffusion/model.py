@@ -23,9 +23,9 @@ from dreamfleet.trainers.models.formats.model_header import config_of, model_hea
 from dreamfleet.trainers.models.formats.single_file import write_single_file
 from dreamfleet.trainers.models.learned_words import words_of
 from dreamfleet.trainers.models.prompt_pieces import Piece
-from dreamfleet.trainers.models.stable_diffusion import prompt_tokens
+from dreamfleet.trainers.models.stable_diffusion import prompt_tokens, unet_blocks
 from dreamfleet.trainers.models.stable_diffusion.lora_targets import Targets, choose_layers
-from dreamfleet.trainers.models.stable_diffusion.noise import clean_estimate, make_target, snr_weights
+from dreamfleet.trainers.models.stable_diffusion.noise import clean_estimate, make_target, signal_to_noise
 from dreamfleet.trainers.models.stable_diffusion.pipeline_folder import save_pipeline
 from dreamfleet.trainers.models.stable_diffusion.samplers import make_sampler
 from dreamfleet.trainers.models.stable_diffusion.variants import TITLES, UNSUPPORTED
@@ -235,8 +235,8 @@ class StableDiffusion(DiffusionModel):
     def clean_estimate(self, predicted: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         return clean_estimate(self.scheduler, predicted, noisy, timesteps)
 
-    def loss_weights(self, timesteps: Tensor, snr_gamma: float) -> Tensor:
-        return snr_weights(self.scheduler, timesteps, snr_gamma)
+    def signal_to_noise(self, timesteps: Tensor, *, needed_by: str) -> Tensor:
+        return signal_to_noise(self.scheduler, timesteps)
 
     def make_sampler(self, name: str) -> Any:
         return make_sampler(name, self.scheduler.config)
@@ -296,6 +296,12 @@ class StableDiffusion(DiffusionModel):
         return choose_layers(
             {part: modules[part] for part in parts}, targets, unread=unread, name=self.folder
         )
+
+    def count_blocks(self) -> dict[str, int]:
+        return unet_blocks.count_blocks(self.unet.config, is_sdxl=self.family == "sdxl")
+
+    def block_of(self, layer: str) -> tuple[str, int]:
+        return unet_blocks.block_of(layer, self.unet.config, is_sdxl=self.family == "sdxl")
 
     def read_lora(self, path: Path) -> LoraFile:
         # The number of layers per block is needed to read files with Stability's block names.

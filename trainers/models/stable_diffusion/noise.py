@@ -1,4 +1,4 @@
-"""Training targets, loss weights and clean estimates for a discrete noise schedule: epsilon, v or sample prediction.
+"""Training targets, signal-to-noise ratios and clean estimates: epsilon, v or sample prediction.
 
 Shape suffixes: B batch, C latent channels, H W latent height and width.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -44,17 +43,3 @@ def signal_to_noise(scheduler: Any, timesteps: Tensor) -> Tensor:
     """Return the signal-to-noise ratio ``abar / (1 - abar)`` at each timestep, ``[B]``."""
     abar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
     return abar / (1 - abar)
-
-
-def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
-    """Return the min-SNR weight of each sample, ``[B]``: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for velocity.
-
-    Source: Hang et al. 2023 (arXiv 2303.09556), eq. 4.
-    """
-    snr = signal_to_noise(scheduler, timesteps)
-    clipped = snr.clamp(max=gamma)
-    kind = scheduler.config.prediction_type
-    if kind == "v_prediction":
-        return clipped / (snr + 1)
-    # With zero terminal SNR the last timestep has SNR 0, where epsilon prediction learns nothing about the image.
-    return clipped if kind == "sample" else torch.where(snr > 0, clipped / snr.clamp(min=1e-12), 0.0)

@@ -81,9 +81,7 @@ def _watch_storage(module):
         if "/checkpoints/step-" in address and not os.path.isdir(local_path):
             note("upload", file=address)
             deadline = time.time() + HOLD_SECONDS
-            while (
-                address.endswith("engine.pt") and os.path.exists(f"{TRACE}.hold") and time.time() < deadline
-            ):
+            while _is_engine(address) and os.path.exists(f"{TRACE}.hold") and time.time() < deadline:
                 time.sleep(0.02)
         return real_upload(self, local_path, rel, *args, **options)
 

@@ -276,7 +276,7 @@ def test_conversion_between_layouts_keeps_alpha_and_entries(tmp_path: Path) -> N
     kohya = read_lora(write_kohya_lora(file, tmp_path / "look.safetensors"))
     theirs = read_lora(write_diffusers_lora(kohya, tmp_path / DIFFUSERS_LORA))
     again = read_lora(write_kohya_lora(theirs, tmp_path / "again.safetensors"))
-    for layer, (down, up, alpha) in file.layers.items():
+    for layer, (down, up, alpha, _) in file.layers.items():
         assert torch.equal(kohya.layers[layer].down, down) and kohya.layers[layer].alpha == alpha
         assert again.layers[layer].alpha == 4
         assert torch.allclose(again.layers[layer].up / 4 * 4, up * alpha / 4, atol=1e-6)
@@ -344,10 +344,6 @@ def test_alpha_is_read_from_diffusers_header(tmp_path: Path) -> None:
         header = {"lora_adapter_metadata": json.dumps(entries)}
         write_safetensors(state, tmp_path / "a.safetensors", header=header)
         assert read_lora(tmp_path / "a.safetensors").layers[f"unet.{QUERY}"].alpha == pytest.approx(alpha)
-    header = {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})}
-    write_safetensors(state, tmp_path / "a.safetensors", header=header)
-    with pytest.raises(FormatError, match="DoRA"):
-        read_lora(tmp_path / "a.safetensors")
 
 
 def test_other_files_and_loras_of_another_model_are_rejected(tmp_path: Path) -> None:
@@ -356,7 +352,10 @@ def test_other_files_and_loras_of_another_model_are_rejected(tmp_path: Path) -> 
     cases: list[tuple[dict[str, Any], str]] = [
         ({"a": torch.ones(2)}, "holds no LoRA"),
         ({f"{name}.alpha": torch.ones(())}, "holds no LoRA"),
-        (fine | {f"{name}.dora_scale": torch.ones(2)}, "dora_scale.*LoHa, LoKr and DoRA cannot"),
+        (fine | {f"{name}.lokr_w1": torch.ones(2, 2)}, "lokr_w1.*LoHa and LoKr cannot"),
+        (fine | {f"{name}.dora_scale": torch.ones(1, 32)}, "lengths of a DoRA.*wd_on_output"),
+        (fine | {f"{name}.dora_scale": torch.ones(2)}, "lengths of a DoRA"),
+        (fine | {f"{name}.dora_scale": torch.full((32, 1), torch.nan)}, "training failed"),
         (fine | {f"unet.{QUERY}.lora_A.weight": pair["down"]}, "name a layer twice"),
         ({f"{name}.lora_up.weight": pair["up"]}, "has only up"),
         (fine | {f"{name}.lora_down.weight": torch.ones(3, 32)}, "do not match"),
@@ -395,7 +394,7 @@ def can_read(content: bytes, path: Path) -> bool:
         found = read_lora(path)
     except UserError:
         return False
-    return all(up.shape[1] == down.shape[0] for down, up, _ in found.layers.values())
+    return all(up.shape[1] == down.shape[0] for down, up, *_ in found.layers.values())
 
 
 KEYS = st.sampled_from(

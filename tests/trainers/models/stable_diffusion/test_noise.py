@@ -1,4 +1,4 @@
-"""Test targets and SNR weights against diffusers, and noise that depends on its sample only."""
+"""Test targets and SNR against diffusers, and noise that depends on its sample only."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from diffusers.training_utils import compute_snr
 from tiny_models import tiny_model
 
 from dreamfleet.datasets.rng import key
+from dreamfleet.trainers.config.noise import NoiseConfig
 from dreamfleet.trainers.models.keyed_noise import draw_noise
-from dreamfleet.trainers.models.stable_diffusion.noise import make_target, signal_to_noise, snr_weights
+from dreamfleet.trainers.models.stable_diffusion.noise import make_target, signal_to_noise
 
 
 def scheduler(kind: str) -> DDPMScheduler:
@@ -56,7 +57,9 @@ def test_noise_is_standard_normal_and_timesteps_cover_their_range() -> None:
 def test_noise_offset_shifts_whole_channels() -> None:
     keys = [("x", i) for i in range(200)]
     plain, t = draw_noise(keys, (4, 8, 8), draw_timestep=below(1000))
-    shifted, t_shifted = draw_noise(keys, (4, 8, 8), draw_timestep=below(1000), noise_offset=0.1)
+    shifted, t_shifted = draw_noise(
+        keys, (4, 8, 8), draw_timestep=below(1000), options=NoiseConfig(noise_offset=0.1)
+    )
     difference = shifted - plain
     assert torch.equal(t, t_shifted)
     assert torch.allclose(difference, difference[..., :1, :1].expand_as(difference), atol=1e-6)
@@ -78,14 +81,9 @@ def test_a_perfect_prediction_of_the_target_removes_the_noise(kind: str) -> None
             assert torch.allclose(found, latents.clamp(-1, 1), atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_snr_weights_equal_those_of_the_diffusers_trainers(kind: str) -> None:
-    schedule, timesteps = scheduler(kind), torch.tensor([0, 10, 500, 999])
-    snr = compute_snr(schedule, timesteps)
-    assert torch.allclose(signal_to_noise(schedule, timesteps), snr)
-    base = torch.stack([snr, 5.0 * torch.ones_like(timesteps)], dim=1).min(dim=1)[0]
-    expected = base / (snr + 1) if kind == "v_prediction" else base / snr
-    assert torch.allclose(snr_weights(schedule, timesteps, 5.0), expected)
+def test_the_signal_to_noise_ratio_equals_that_of_diffusers() -> None:
+    schedule, timesteps = scheduler("epsilon"), torch.tensor([0, 10, 500, 999])
+    assert torch.allclose(signal_to_noise(schedule, timesteps), compute_snr(schedule, timesteps))
 
 
 def test_loss_is_per_sample_and_masked() -> None:
@@ -98,5 +96,3 @@ def test_loss_is_per_sample_and_masked() -> None:
     mask[..., :4] = 2.0
     masked = model.loss(predicted, {**batch, "mask": mask})
     assert torch.allclose(masked, torch.tensor([1.0, 4.0, 9.0]))
-    weighted = model.loss(predicted, batch, snr_gamma=5.0)
-    assert torch.allclose(weighted, masked * snr_weights(model.scheduler, batch["timesteps"], 5.0))

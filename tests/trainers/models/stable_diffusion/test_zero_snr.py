@@ -15,8 +15,9 @@ from dreamfleet.datasets.errors import ModelError
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.methods.export_request import Export
+from dreamfleet.trainers.models.denoising_loss import WEIGHTS
 from dreamfleet.trainers.models.family import DiffusionModel, load_model
-from dreamfleet.trainers.models.stable_diffusion.noise import make_target, snr_weights
+from dreamfleet.trainers.models.stable_diffusion.noise import make_target, signal_to_noise
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import Parts, assemble
 
@@ -44,7 +45,11 @@ def test_the_last_timestep_is_pure_noise_and_the_first_is_unchanged(folder: Path
     latents, noise, last = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([999])
     assert torch.equal(model.add_noise(latents, noise, last), noise)
     assert torch.allclose(make_target(model, latents, noise, last), -latents)
-    assert torch.isfinite(snr_weights(model, torch.tensor([0, 998, 999]), 5.0)).all()
+    snr = signal_to_noise(model, torch.tensor([0, 998, 999]))
+    for weight in WEIGHTS.values():
+        assert torch.isfinite(weight.compute(snr, "v_prediction", 5.0)[:2]).all()
+    for key in ("snr_gamma", "scale_v_pred_loss_like_noise_pred", "debiased_estimation_loss"):
+        assert torch.isfinite(WEIGHTS[key].compute(snr, "v_prediction", 5.0)).all()
 
 
 def test_noise_prediction_is_refused(folder: Path) -> None:
