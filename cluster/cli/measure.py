@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -62,10 +63,10 @@ def measure(
         )
         from dreamfleet.trainers.driver.data_workers import data_workers
 
-        makers: dict[str, functools.partial[Describe] | type] = {}
+        makers: dict[str, Callable[[], Describe]] = {}
         places = []
         if blur:
-            makers[BLUR] = functools.partial(measure_blur)
+            makers[BLUR] = measure_blur
         if classifier or detector:
             from dreamfleet.trainers.models.vision.image_scores import Classifier, Detector
 
