@@ -83,6 +83,11 @@ class DataConfig(Section):
         description="take missing captions from file names: that of `01-a red apple.png` is `a red apple`",
     )
     use_captions: bool = True
+    use_edits: bool = Field(
+        default=True,
+        description="apply what `dreamfleet data browse` stored beside the set: excluded images, captions, crops, "
+        "focus points and masks",
+    )
     caption_prefix: str = Field(
         default="",
         description="text before every caption, separated by a space; these options do not apply to class images",

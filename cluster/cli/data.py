@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dreamfleet.cluster.cli import browse as cli_browse
 from dreamfleet.cluster.cli import cache as cli_cache
 from dreamfleet.cluster.cli import caption as cli_caption
 from dreamfleet.cluster.cli import inspect as cli_inspect
@@ -73,6 +74,7 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
 
 for command in (
     cli_inspect.inspect,
+    cli_browse.browse,
     cli_prepare.prepare,
     cli_tags.tags,
     cli_caption.caption,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dreamfleet.cluster.cli.base import AsJson, Overrides, Verbose, counting, print_json, work
+from dreamfleet.cluster.cli.base import AsJson, Overrides, Verbose, counting, local_path, print_json, work
 
 if TYPE_CHECKING:
     from dreamfleet.datasets.tools.inspect import Survey
@@ -29,6 +30,15 @@ def inspect(
     ] = None,
     buckets: Annotated[bool, typer.Option("--buckets", help="data.enable_bucket.")] = False,
     top: Annotated[int, typer.Option(min=0, help="Number of most frequent tags to show.")] = 20,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            parser=local_path,
+            help="Also write the report as one HTML file, to share.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -43,7 +53,7 @@ def inspect(
         changes = list(overrides or [])
         changes += [f"data.resolution={resolution}"] if resolution is not None else []
         changes += ["data.enable_bucket=true"] if buckets else []
-        recipe, excluded = _read_input(folder, changes)
+        recipe, excluded = read_input(folder, changes)
         name, count = _token_counter(str(recipe.model.pretrained_model_name_or_path))
         found = survey(
             recipe.data,
@@ -53,13 +63,23 @@ def inspect(
             excluded=excluded,
             progress=progress,
         )
+        if html is not None:
+            _write_page(html, found, title=folder)
     if as_json:
         print_json(found.to_json())
     else:
         print("\n".join(_lines(found, top)))
 
 
-def _read_input(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str]]:
+def _write_page(file: Path, found: Survey, *, title: str) -> None:
+    from dreamfleet.datasets.storage.storage import Storage
+    from dreamfleet.datasets.tools.inspect_page import render_survey
+
+    place = file.expanduser().absolute()
+    Storage(place.parent).write_text(place.name, render_survey(found, _facts(found), title=title))
+
+
+def read_input(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str]]:
     """Return the recipe, or one for the folder, and the folders of images that are not training images."""
     from dreamfleet.datasets.storage.object_store import is_address
     from dreamfleet.datasets.storage.storage import Storage
@@ -82,7 +102,8 @@ def _token_counter(model: str) -> tuple[str, Callable[[str], int]]:
     return token_counter(model)
 
 
-def _lines(found: Survey, top: int) -> list[str]:
+def _facts(found: Survey) -> list[tuple[str, str]]:
+    """Return the facts about an image set by name; lines that continue the one before have no name."""
     rows = [
         ("images", f"{found.pictures} of {found.megapixels:.1f} megapixels"),
         ("", f"{found.draws} per epoch, with repeats" if found.draws != found.pictures else ""),
@@ -106,7 +127,11 @@ def _lines(found: Survey, top: int) -> list[str]:
         rows.append(
             ("tokens", f"{_three(found.tokens)}; at most {found.max_tokens} are used ({found.tokenizer})")
         )
-    lines = [f"{name:<10} {text}".rstrip() for name, text in rows if text]
+    return [(name, text) for name, text in rows if text]
+
+
+def _lines(found: Survey, top: int) -> list[str]:
+    lines = [f"{name:<10} {text}".rstrip() for name, text in _facts(found)]
     if found.tags and top:
         shown = list(found.tags.items())[:top]
         lines += ["", f"tags: {len(found.tags)}, the most frequent:"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,11 +17,22 @@ Port = Annotated[int, typer.Option(help="Port of the page; 0: any free port.", m
 Browser = Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")]
 
 
-def serve(content: LocalPage, *, port: int, title: str, browser: bool) -> None:
-    """Serve a page until Ctrl-C; print its URL with ``title`` ("label the images"), and open it in a browser."""
-    from dreamfleet.cluster.labeling.server import PageServer
+def serve(
+    content: LocalPage,
+    *,
+    port: int,
+    title: str,
+    browser: bool,
+    modes: Mapping[str, LocalPage] = MappingProxyType({}),
+    max_request_bytes: int | None = None,
+) -> None:
+    """Serve a page until Ctrl-C; print its URL with ``title`` ("label the images"), and open it in a browser.
 
-    server = PageServer(content, port)
+    ``modes``: further pages, at ``NAME/`` below its URL.
+    """
+    from dreamfleet.cluster.labeling.server import MAX_REQUEST_BYTES, PageServer
+
+    server = PageServer(content, port, modes=modes, max_request_bytes=max_request_bytes or MAX_REQUEST_BYTES)
     print(f"{title} at {server.url}\nEvery answer is saved immediately; stop with Ctrl-C", flush=True)
     if browser:
         _open(server.url)

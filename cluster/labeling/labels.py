@@ -28,15 +28,17 @@ ACTIONS = ("show", "label", "back", "skip", "undo", "open")
 class Labelling:
     """The images of a folder and their classes; each label is written to the JSON file before it is confirmed.
 
-    Raises DataError for a folder without images and for a JSON file of another kind, which is not modified.
+    ``back``: whether the page above this one is that of ``data browse``. Raises DataError for a folder without images
+    and for a JSON file of another kind, which is not modified.
     """
 
-    def __init__(self, folder: str, out: str, classes: Sequence[str]):
+    def __init__(self, folder: str, out: str, classes: Sequence[str], *, back: bool = False):
         storage = Storage(folder)
         if not storage.is_local or not os.path.isdir(storage.url):
             raise DataError(
                 f"{folder}: not a folder of this machine. Copy the images to this machine to label them"
             )
+        self._back = '<a href="../">All images</a>' if back else ""
         self.root, self.out = storage.url, os.path.abspath(os.path.expanduser(out))
         files = ImageFolder(storage)
         self.names = files.images
@@ -79,7 +81,8 @@ class Labelling:
 
     def html(self, nonce: str) -> str:
         """Return the page."""
-        return Path(__file__).with_name("label.html").read_text("utf-8").replace("NONCE", nonce)
+        page = Path(__file__).with_name("label.html").read_text("utf-8")
+        return page.replace("NONCE", nonce).replace("<!--BACK-->", self._back)
 
     def answer(self, request: Any) -> dict[str, Any]:
         """Apply a request of the page's script, ``{action, at, class}``; see :meth:`act`."""

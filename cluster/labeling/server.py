@@ -6,8 +6,10 @@ import hmac
 import json
 import secrets
 import sys
+from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from dreamfleet.datasets.errors import ResourceError, UserError
@@ -35,12 +37,22 @@ class LocalPage(Protocol):
 
 
 class PageServer(ThreadingHTTPServer):
-    """Serves a page on the loopback interface to clients whose URL contains the token."""
+    """Serves a page on the loopback interface to clients whose URL contains the token.
+
+    ``modes``: further pages, at ``NAME/`` below the first one's URL.
+    """
 
     daemon_threads = True
 
-    def __init__(self, content: LocalPage, port: int = 0):
-        self.content = content
+    def __init__(
+        self,
+        content: LocalPage,
+        port: int = 0,
+        *,
+        modes: Mapping[str, LocalPage] = MappingProxyType({}),
+        max_request_bytes: int = MAX_REQUEST_BYTES,
+    ):
+        self.content, self.modes, self.max_request_bytes = content, dict(modes), max_request_bytes
         self.token, self.nonce = secrets.token_urlsafe(24), secrets.token_urlsafe(16)
         try:
             super().__init__((LOOPBACK, port), _Handler)
@@ -55,6 +67,11 @@ class PageServer(ThreadingHTTPServer):
         """The URL of the page, with its token."""
         return f"http://{LOOPBACK}:{self.server_port}/{self.token}/"
 
+    def find_page(self, place: str) -> tuple[LocalPage, str]:
+        """Return the page that a path after the token belongs to, and the path within that page."""
+        name, slash, rest = place.partition("/")
+        return (self.modes[name], rest) if slash and name in self.modes else (self.content, place)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log an error, except that the browser closed the connection."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
@@ -67,22 +84,22 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds after which an idle connection is closed
 
     def do_GET(self) -> None:
-        place = self._requested_path()
+        path = self._requested_path()
+        if path is None:
+            return
+        page, place = self.server.find_page(path)
         if place == "":
-            self._send(
-                HTTPStatus.OK,
-                self.server.content.html(self.server.nonce).encode(),
-                "text/html; charset=utf-8",
-            )
-        elif place is not None and place.startswith("image/"):
-            self._send_image(place.removeprefix("image/"))
-        elif place is not None:
+            self._send(HTTPStatus.OK, page.html(self.server.nonce).encode(), "text/html; charset=utf-8")
+        elif place.startswith("image/"):
+            self._send_image(page, place.removeprefix("image/"))
+        else:
             self._refuse(HTTPStatus.NOT_FOUND, "not found")
 
     def do_POST(self) -> None:
-        place = self._requested_path()
-        if place is None:
+        path = self._requested_path()
+        if path is None:
             return
+        page, place = self.server.find_page(path)
         if place != "act":
             self._refuse(HTTPStatus.NOT_FOUND, "not found")
             return
@@ -90,11 +107,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "JSON expected")
             return
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()) or int(length) > MAX_REQUEST_BYTES:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_REQUEST_BYTES} bytes expected")
+        if not (length.isascii() and length.isdigit()) or int(length) > self.server.max_request_bytes:
+            most = self.server.max_request_bytes
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {most} bytes expected")
             return
         try:
-            view = self.server.content.answer(json.loads(self.rfile.read(int(length))))
+            view = page.answer(json.loads(self.rfile.read(int(length))))
         except UserError as error:
             self._refuse(HTTPStatus.CONFLICT, str(error))
             return
@@ -121,9 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return place
 
-    def _send_image(self, name: str) -> None:
+    def _send_image(self, page: LocalPage, name: str) -> None:
         try:
-            found = self.server.content.find_image(name)
+            found = page.find_image(name)
         except UserError as error:
             self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
             return

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from dreamfleet.datasets.config import MOST_CLASSES
 from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.index.edited_source import original_uri
 from dreamfleet.datasets.index.file_pairing import same_name
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.json_text import json_text
@@ -87,7 +88,7 @@ def find_labels(index: Index, folders: Sequence[str], labels: str | None = None)
     found = {}
     for row, (uri, place) in enumerate(zip(index.column("uri"), index.column("concept"), strict=True)):
         root = roots[place]
-        name = uri.removeprefix(f"{root.url if root else folders[place]}/")
+        name = original_uri(uri).removeprefix(f"{root.url if root else folders[place]}/")
         label = label_of(same_name(name), tables[place])
         if label is not None:
             found[row] = label

@@ -20,6 +20,7 @@ def scan_options(
         own.caption_column,
         concept.mask_dir,
         excluded=excluded,
+        edits_for=data if data.use_edits else None,
         mapper=mapper,
         allow_private=data.allow_private_urls,
     )

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.index.edited_source import apply_edits
 from dreamfleet.datasets.index.exclusions import BadFile, Skipped, summary
 from dreamfleet.datasets.index.facts import Inspected, Inspection, Known
 from dreamfleet.datasets.index.filters import Rules, searchable
@@ -155,7 +156,7 @@ def build_set(
     """
     url = Storage(url).url if is_address(url) else url
     source = find_source(url)
-    listing = source.scan(url, options)
+    listing = apply_edits(source.scan(url, options), url, options.edits_for)
     check = len(listing.images) <= VERIFY_LIMIT if verify is None else verify
     inspection = Inspection(max_pixels, check, phash or rules.needs_phash)
     found = [inspection.recall(image, known, phashes) for image in listing.images]

@@ -69,13 +69,17 @@ class Listing:
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """The keys of the `data:` section that affect a scan, and ``excluded``: address of a folder to skip -> purpose."""
+    """The keys of the `data:` section that affect a scan, and ``excluded``: address of a folder to skip -> purpose.
+
+    ``edits_for``: the section at whose training sizes the set's edits are applied after the scan; None: without edits.
+    """
 
     caption_extension: Sequence[str] = CAPTION_EXTENSIONS
     caption_column: str | None = None
     mask_dir: str | None = None
     recursive: bool = True
     excluded: Mapping[str, str] = field(default_factory=dict)
+    edits_for: DataConfig | None = None
     mapper: Mapper = in_threads  # scans shards and reads images
     allow_private: bool = False  # read http(s) addresses of private networks, and those with a login
 
@@ -130,6 +134,7 @@ SOURCES: Registry[type[Source]] = Registry(
     builtin={
         FOLDER: "dreamfleet.datasets.index.folder_source:FolderSource",
         "list": "dreamfleet.datasets.index.list_source:ListSource",
+        "edited": "dreamfleet.datasets.index.edited_source:EditedSource",
     },
 )
 

@@ -64,7 +64,10 @@ def list_set(url: str, options: ScanOptions) -> ImageSet:
         log.warning("left out %s: %s", file.uri, file.reason)
     if len(listing.bad) > LOGGED:
         log.warning("left out %d more files: `dreamfleet data inspect` lists them", len(listing.bad) - LOGGED)
-    if source.name == FOLDER:
+    own = [image.name for image in listing.images]
+    if all(own) and len({name.casefold() for name in own}) == len(own):
+        names = own
+    elif source.name == FOLDER:
         root = Storage(url).url
         names = [_inside(root, image.uri) for image in listing.images]
     else:

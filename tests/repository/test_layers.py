@@ -48,6 +48,7 @@ LAYERS = {
     "cluster": "torch",
     "cluster/jobs": "ray",
     "cluster/labeling": "",
+    "cluster/browse": "",
     "cluster/monitoring": "",
     "cluster/cli": "",
 }

@@ -10,13 +10,14 @@ from dreamfleet.trainers.imports.draft import Draft
 from dreamfleet.trainers.imports.rules import Effect
 
 PLACEHOLDER = "SET-THE-FOLDER-OF-THE-IMAGES"
+CLASS_PROMPT = "SET-THE-PROMPT-OF-THE-CLASS-IMAGES"
 
 
 @dataclass
 class ImageSet:
     """A folder of images: its place in the settings, prompt, repeats, and whether it holds class images.
 
-    ``options``: values of other keys of `data:` that hold for this folder only.
+    ``options``: caption options of `data:` that this folder alone has.
     """
 
     where: str
@@ -29,34 +30,34 @@ class ImageSet:
 
 
 def write_sets(draft: Draft, sets: Sequence[ImageSet]) -> None:
-    """Write image folders as `data.instance_data_dir` or `data.concepts_list`, with their class images.
-
-    A recipe has one folder of class images for each subject; class images without a prompt cannot be used.
-    """
+    """Write image folders as `data.instance_data_dir`, or several as `data.sets`, with their class images."""
     subjects = [each for each in sets if not each.is_class]
     classes = [each for each in sets if each.is_class]
-    _write_options(draft, sets)
     if not subjects:
         return
-    for extra in classes[1:] if len(subjects) == 1 else classes[len(subjects) :]:
-        draft.leave(extra.where, extra.path, Effect.CHANGES, "a subject has one folder of class images here")
-    if len(subjects) == 1:
+    if len(subjects) == 1 and len(classes) < 2:
         _write_one(draft, subjects[0], classes[0] if classes else None)
         return
-    concepts = []
-    for number, subject in enumerate(subjects):
-        of_class = classes[min(number, len(classes) - 1)] if classes else None
-        entry: dict[str, Any] = {"instance_data_dir": draft.paths.image_folder(subject.where, subject.path)}
-        entry |= {"instance_prompt": subject.prompt} if subject.prompt else {}
-        entry |= {"repeats": subject.repeats} if subject.repeats != 1 else {}
-        entry |= {"mask_dir": draft.paths.image_folder(subject.where, subject.masks)} if subject.masks else {}
-        if of_class is not None:
-            entry["class_data_dir"] = draft.paths.image_folder(of_class.where, of_class.path)
-            entry["class_prompt"] = of_class.prompt or "SET-THE-PROMPT-OF-THE-CLASS-IMAGES"
-        concepts.append(entry)
-    draft.put("data.concepts_list", concepts, source=subjects[0].where.rpartition(".")[0])
+    entries = [_entry(draft, each) for each in sets]
+    draft.put("data.sets", entries, source=subjects[0].where.rpartition(".")[0])
+    if any(each.masks for each in subjects):
+        draft.put("data.alpha_mask", True, source=subjects[0].where)
     if classes:
         use_class_images(draft, classes[0].where)
+
+
+def _entry(draft: Draft, each: ImageSet) -> dict[str, Any]:
+    """Return an entry of `data.sets`."""
+    entry: dict[str, Any] = {"source": draft.paths.image_folder(each.where, each.path)}
+    entry |= {"prompt": each.prompt} if each.prompt else {}
+    entry |= {"repeats": each.repeats} if each.repeats != 1 else {}
+    entry |= {"mask_dir": draft.paths.image_folder(each.where, each.masks)} if each.masks else {}
+    if each.is_class:
+        entry |= {"is_reg": True}
+        if not each.prompt:
+            entry["prompt"] = CLASS_PROMPT
+            draft.leave(each.where, each.path, Effect.BLOCKS, "the class images have no prompt: set it")
+    return entry | each.options
 
 
 def _write_one(draft: Draft, subject: ImageSet, of_class: ImageSet | None) -> None:
@@ -94,20 +95,6 @@ def use_class_images(draft: Draft, source: str) -> None:
 
 def _need_prompt(draft: Draft, of_class: ImageSet) -> None:
     if not of_class.prompt:
-        prompt = "SET-THE-PROMPT-OF-THE-CLASS-IMAGES"
-        draft.put("data.class_prompt", prompt, source=of_class.where, note="class images need a prompt")
+        draft.put("data.class_prompt", CLASS_PROMPT, source=of_class.where, note="class images need a prompt")
         reason = "the class images have no prompt: set data.class_prompt"
         draft.leave(of_class.where, of_class.path, Effect.BLOCKS, reason)
-
-
-def _write_options(draft: Draft, sets: Sequence[ImageSet]) -> None:
-    """Write the options of image folders, which must agree in one recipe; the first one's are used."""
-    subjects = [each for each in sets if not each.is_class] or list(sets)
-    for key in dict.fromkeys(key for each in subjects for key in each.options):
-        values = [(each.where, each.options.get(key, draft.ours.get(key))) for each in subjects]
-        where, first = values[0]
-        draft.put(key, first, source=where)
-        for other, value in values[1:]:
-            if value != first:
-                reason = f"{key} is the same for all folders of a recipe; that of {where} is used: {first!r}"
-                draft.leave(other, value, Effect.CHANGES, reason)

@@ -10,7 +10,7 @@ from typing import ClassVar
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.registry import Registry
 from dreamfleet.trainers.imports.draft import Draft
-from dreamfleet.trainers.imports.rules import Effect, Rule, Table, is_off
+from dreamfleet.trainers.imports.rules import Effect, Rule, Table, To, is_off
 from dreamfleet.trainers.imports.secrets import is_secret
 from dreamfleet.trainers.imports.settings import Document, Setting, Settings
 
@@ -103,6 +103,11 @@ class Importer:
                 near = difflib.get_close_matches(key, self.rules, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 reason = f"unknown key: {self.title} of {self.version} has none of this name{hint}"
+                draft.leave(item.where, item.value, Effect.CHANGES, reason)
+            elif isinstance(rule, To) and "*" in key and item.value != items[0].value:
+                reason = (
+                    f"holds for all folders of a recipe; that of {items[0].where} is used: {items[0].value}"
+                )
                 draft.leave(item.where, item.value, Effect.CHANGES, reason)
             elif rule is not None:
                 draft.apply(rule, key, item)

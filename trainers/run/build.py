@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -126,14 +126,7 @@ def assemble(
     train = recipe.train
     num_units = count_units(recipe, distributed)
     global_batch = num_units * train.train_batch_size
-    plan = BatchPlan(
-        sets.instances.column("concept"),
-        seed=train.seed,
-        global_batch=global_batch,
-        repeats=sets.instances.uses(),
-        buckets=number_buckets(sizes),
-        class_concepts=classes.column("concept") if classes is not None else (),
-    )
+    plan = make_plan(recipe, sets.instances, sizes, global_batch=global_batch, classes=classes)
     if recipe.data.enable_bucket and distributed.is_main:
         log_buckets(sizes, plan.smallest_bucket, global_batch)
     schedule = make_schedule(recipe, plan)
@@ -217,6 +210,25 @@ def count_units(recipe: Recipe, distributed: DistributedContext) -> int:
     It depends on the largest number of workers of the run, not on the number at the moment.
     """
     return max(recipe.scaling.max_workers, distributed.world) * recipe.train.gradient_accumulation_steps
+
+
+def make_plan(
+    recipe: Recipe,
+    instances: Index,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    global_batch: int,
+    classes: Index | None = None,
+) -> BatchPlan:
+    """Return the batch plan of a run; ``sizes``: the training size of each instance image in pixels."""
+    return BatchPlan(
+        instances.column("concept"),
+        seed=recipe.train.seed,
+        global_batch=global_batch,
+        repeats=instances.uses(),
+        buckets=number_buckets(sizes),
+        class_concepts=classes.column("concept") if classes is not None else (),
+    )
 
 
 def make_engine(recipe: Recipe, method: Method, distributed: DistributedContext) -> Engine:

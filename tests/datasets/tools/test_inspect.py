@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,17 @@ def test_invalid_input_of_inspect_is_refused(words: list[str], tmp_path: Path, m
     result = run("data", "inspect", *words)
     assert result.exit_code == 2
     assert result.stderr.startswith("dreamfleet: ") and "Traceback" not in result.output
+
+
+def test_the_html_report_is_one_file_with_the_same_facts(tmp_path: Path) -> None:
+    tiny.make_images(tmp_path / "set", 3, captions=True)
+    (tmp_path / "set" / "bad<b>.png").write_bytes(b"no image")
+    (tmp_path / "set" / "copy.png").write_bytes((tmp_path / "set" / "000.png").read_bytes())
+    page = tmp_path / "report.html"
+    result = run("data", "inspect", tmp_path / "set", "--html", page)
+    assert result.exit_code == 0, result.output
+    text = page.read_text()
+    assert not re.search(r"<script|https?://|@import|url\(|src=", text)
+    assert "bad&lt;b&gt;.png" in text and "bad<b>" not in text and "copy.png = " not in text.split("Duplicates")[0]
+    for fact in ("512x512", "tag1", "round", "4 of", "copy of another image"):
+        assert fact in text, fact

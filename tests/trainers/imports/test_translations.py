@@ -35,6 +35,7 @@ def test_kohya_command_line(tmp_path: Path) -> None:
     assert recipe["method.name"] == "native"
     assert (recipe["method.lora_rank"], recipe["method.lora_alpha"]) == (8, 4)
     assert "ff.net.2" in recipe["method.lora_target_modules"]  # kohya's LoRA adapts more than attention
+    assert "q_proj" in recipe["method.lora_target_modules"]  # and the text encoder, trained by default
     assert recipe["method.train_text_encoder"] is True
     assert recipe["model.pretrained_model_name_or_path"] == "runwayml/stable-diffusion-v1-5"  # from $MODEL
     assert recipe["data.resolution"] == 512 and recipe["data.latent_sampling"] == "once"
@@ -48,11 +49,11 @@ def test_kohya_command_line(tmp_path: Path) -> None:
 def test_kohya_folders_inherit_their_options(tmp_path: Path) -> None:
     found = imported(tmp_path, trainer_configs.KOHYA_TRAINING, trainer_configs.KOHYA_DATASET)
     recipe = values(found)
-    concepts = recipe["data.concepts_list"]
-    assert [concept["instance_prompt"] for concept in concepts] == ["sks cat", "a cat"]
-    assert concepts[0]["repeats"] == 5 and "repeats" not in concepts[1]
-    assert recipe["data.keep_tokens"] == 2  # the dataset's, over [general]'s 1
-    assert "those of the first are used" in left(found, "datasets.0.subsets.1.keep_tokens")
+    first, second = recipe["data.sets"]
+    assert (first["prompt"], second["prompt"]) == ("sks cat", "a cat")
+    assert first["repeats"] == 5 and "repeats" not in second
+    assert recipe["data.keep_tokens"] == 2 and "keep_tokens" not in first  # the dataset's, over [general]'s 1
+    assert second["keep_tokens"] == 3 and "caption_extension" not in second
     assert recipe["train.train_batch_size"] == 3
     defaults = {line.key for line in found.written_defaults}
     assert "method.lora_alpha" in defaults and recipe["method.lora_alpha"] == 1
@@ -93,9 +94,20 @@ def test_onetrainer(tmp_path: Path) -> None:
     assert recipe["train.num_train_epochs"] == 3 and recipe["data.repeats"] == 2
     assert recipe["model.clip_skip"] == 2  # one layer is skipped there
     assert recipe["optimizer.lr_scheduler"] == "constant_with_warmup"
+    assert "q_proj" not in recipe["method.lora_target_modules"]  # the text encoder is not trained
     assert recipe["optimizer.lr_warmup_steps"] == 5  # 10 batches, 2 of them for each optimizer step
     assert recipe["train.snr_gamma"] == 5.0 and recipe["method.lora_alpha"] == 1.0
     assert "changes results" in left(found, "perturbation_noise_weight")
+
+
+def test_folders_that_differ_are_no_contradiction(tmp_path: Path) -> None:
+    name, text = trainer_configs.ONETRAINER
+    two = text.replace(
+        '"concepts": [', '"concepts": [{"path": "other", "image": {"enable_random_flip": false}}, '
+    )
+    found = imported(tmp_path, (name, two))
+    assert values(found)["data.random_flip"] is False and len(values(found)["data.sets"]) == 2
+    assert "that of concepts.0" in left(found, "concepts.1.image.enable_random_flip")
 
 
 def test_onetrainer_of_another_version_and_model(tmp_path: Path) -> None:
@@ -104,6 +116,15 @@ def test_onetrainer_of_another_version_and_model(tmp_path: Path) -> None:
     assert "a newer format" in left(newer, "__version")
     with pytest.raises(UserError, match="FLUX_DEV_1 blocks the import; dreamfleet trains Stable Diffusion"):
         imported(tmp_path, (name, text.replace("STABLE_DIFFUSION_15", "FLUX_DEV_1")))
+
+
+def test_onetrainer_of_an_old_format(tmp_path: Path) -> None:
+    text = """{"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "base_model_name": "a/b",
+        "optimizer": "ADAMW", "optimizer_beta2": 0.98, "train_text_encoder": false, "unet_learning_rate": 2e-4,
+        "min_snr_gamma": 3, "epochs": 2}"""
+    recipe = values(imported(tmp_path, ("old.json", text)))
+    assert recipe["optimizer.adam_beta2"] == 0.98 and recipe["optimizer.learning_rate"] == 2e-4
+    assert "method.train_text_encoder" not in recipe and recipe["train.snr_gamma"] == 3
 
 
 def test_simpletuner_reads_its_backends(tmp_path: Path) -> None:
@@ -148,7 +169,7 @@ def test_paths_of_another_machine_are_reported_and_mapped(tmp_path: Path) -> Non
     }
     found = imported(tmp_path, *configs, maps=[f"d:\\={tmp_path}/here"])
     assert dict(found.missing) == {"datasets.0.subsets.1.image_dir": f"{tmp_path}/here/cats/other"}
-    assert values(found)["data.concepts_list"][0]["instance_data_dir"] == f"{tmp_path}/here/cats/sks"
+    assert values(found)["data.sets"][0]["source"] == f"{tmp_path}/here/cats/sks"
     with pytest.raises(UserError, match="no path in the config begins with '/other'"):
         imported(tmp_path, *configs, maps=["/other=/x"])
     with pytest.raises(UserError, match="write OLD=NEW"):
@@ -175,6 +196,17 @@ def test_optimizer_that_does_not_exist_blocks(tmp_path: Path) -> None:
     found = imported(tmp_path, (name, text.replace("--optimizer_type=AdamW", "--optimizer_type=DAdaptSGD")))
     assert [entry.key for entry in found.blocking] == ["optimizer_type"]
     assert "it stays 'adamw'" in found.blocking[0].reason
+
+
+def test_options_of_an_optimizer(tmp_path: Path) -> None:
+    name, text = trainer_configs.KOHYA
+    text = text.replace("--optimizer_type=AdamW ", "--optimizer_type=Prodigy ").replace(
+        '"weight_decay=0.1"', "d_coef=2 foo=1"
+    )
+    found = imported(tmp_path, (name, text))
+    assert values(found)["optimizer.name"] == "prodigy" and not found.blocking
+    assert values(found)["optimizer.options"] == {"d_coef": 2, "betas": [0.9, 0.99], "weight_decay": 0.0}
+    assert "there is no such option" in left(found, "optimizer_args.foo")
 
 
 def test_losses_and_noise_keep_their_values(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.trainers.config.optimizers import OPTIMIZERS
 from dreamfleet.trainers.imports.draft import Draft
 from dreamfleet.trainers.imports.rules import Effect, Untranslatable, is_off, number, plain
 from dreamfleet.trainers.imports.settings import Settings
@@ -18,7 +21,7 @@ SPEED = "concerns speed or memory, not what is trained"
 WEB = "names, uploads and logs do not change what is trained"
 
 # Names of optimizers (in lower case) in other programs -> ours, where they differ
-OPTIMIZERS: Mapping[str, str] = {
+_OPTIMIZER_NAMES: Mapping[str, str] = {
     "adamw_bf16": "adamw",
     "adamw_8bit": "adamw8bit",
     "bnb-adamw8bit": "adamw8bit",
@@ -44,18 +47,17 @@ _ADAM = {
     "eps": "adam_epsilon",
 }
 
-# The layers that kohya's LoRA adapts: linear layers and 1 x 1 convolutions of the transformer blocks, attention and MLP
-# of the text encoder.
-KOHYA_LAYERS = [
-    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-    *("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-]
+# The layers that kohya's LoRA adapts: in transformer blocks linear layers and 1 x 1 convolutions, in the text encoder
+# attention and MLP.
+BLOCK_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+_TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 def optimizer_name(value: Any) -> str:
     """Return our name of an optimizer; whether it exists is checked against the recipe."""
     name = str(value).strip().lower().rpartition("optimizers.")[2]
-    return OPTIMIZERS.get(name, name)
+    return _OPTIMIZER_NAMES.get(name, name)
 
 
 def put_options(draft: Draft, options: Mapping[str, tuple[str, Any]]) -> None:
@@ -64,7 +66,7 @@ def put_options(draft: Draft, options: Mapping[str, tuple[str, Any]]) -> None:
     ``options``: name in the optimizer's library -> (place, value); ``betas`` may be text.
     """
     name = str(draft.get("optimizer.name"))
-    if ("adamw" in name and "schedule" not in name) or "optimizer.options" not in draft.keys:
+    if "adamw" in name and "schedule" not in name:
         for key, (where, value) in options.items():
             if key == "betas":
                 for beta, each in zip(("beta1", "beta2"), _numbers(value), strict=False):
@@ -78,12 +80,27 @@ def put_options(draft: Draft, options: Mapping[str, tuple[str, Any]]) -> None:
     betas = [found.pop(beta, None) for beta in ("beta1", "beta2")]
     if betas != [None, None]:
         found["betas"] = [betas[0] or 0.9, betas[1] or 0.999]
+    for key, value in list(found.items()):
+        if (problem := _option_problem(name, key, value)) is not None:
+            where, given = options.get(key, (key, value))
+            draft.leave(where, given, Effect.CHANGES, f"{name} here: {problem}")
+            del found[key]
     note = ""
     if name in _NO_DECAY and "weight_decay" not in found:
         found["weight_decay"], note = 0.0, "its weight decay is 0 there"
     if found:
         places = ", ".join(where for where, _ in options.values())
         draft.put("optimizer.options", found, source=places, note=note)
+
+
+def _option_problem(optimizer: str, key: str, value: Any) -> str | None:
+    """Return why an optimizer does not have an option with a value, None if it has."""
+    try:
+        OPTIMIZERS.get(optimizer).Options.model_validate({key: value})
+    except ValidationError as error:
+        first = error.errors()[0]
+        return "there is no such option" if first["type"] == "extra_forbidden" else str(first["msg"])
+    return None
 
 
 def _numbers(value: Any) -> list[float]:
@@ -98,6 +115,12 @@ def options_of(settings: Settings, prefix: str) -> dict[str, tuple[str, Any]]:
         for key, items in settings.items()
         if key.startswith(prefix)
     }
+
+
+def put_layers(draft: Draft, layers: Sequence[str], *, source: str, note: str) -> None:
+    """Write the layers of a LoRA in the U-Net, and if it is trained those of the text encoder."""
+    text = _TEXT_LAYERS if draft.get("method.train_text_encoder") else []
+    draft.put("method.lora_target_modules", [*layers, *text], source=source, note=note)
 
 
 def yes_is(value: Any) -> Any:

@@ -229,9 +229,6 @@ class Kohya(Importer):
             if settings.has("init_word"):
                 draft.put("method.initializer_token", settings.get("init_word"), source="init_word")
             return
-        rank = settings.get("network_dim")
-        if rank or settings.has("network_module") or settings.has("network_alpha"):
-            write_lora(settings, draft, rank)
         trains_text = plain(settings.get("stop_text_encoder_training")) != -1
         switches = ("network_train_unet_only", "cache_text_encoder_outputs")
         off = next((key for key in switches if plain(settings.get(key)) is True), None)
@@ -241,6 +238,9 @@ class Kohya(Importer):
             draft.put("method.train_text_encoder", True, source="network_train_unet_only", is_default=True)
         elif trains_text and off == "train_text_encoder":
             draft.put("method.train_text_encoder", True, source=off)
+        rank = settings.get("network_dim")
+        if rank or settings.has("network_module") or settings.has("network_alpha"):
+            write_lora(settings, draft, rank)
         stop = settings.get("stop_text_encoder_training")
         if stop and plain(stop) not in (0, -1):
             reason = "the text encoder is trained until the end, or not at all"

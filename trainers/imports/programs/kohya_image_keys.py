@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dreamfleet.datasets.set_config import OVERRIDES
 from dreamfleet.trainers.imports.programs.common import SPEED, as_suffixes, negated
 from dreamfleet.trainers.imports.rules import Table, To, changes, ignored, joined, to
 
+OWN = "a folder's own "  # before the name of an option that a folder has in place of the others'
 DIFFERENT = "another folder's "  # before the name of an option that differs between image folders
 _TAGS = "data.keep_tokens and data.tag_dropout have no such form"
 
@@ -40,6 +42,13 @@ IMAGES: Table = {
     ),
     **changes("is for training of ControlNets", "network_multiplier", off=(1, 1.0)),
 }
+
+# Options that a set of a recipe can have on its own.
+OF_ONE_SET = tuple(
+    name
+    for name, rule in IMAGES.items()
+    if isinstance(rule, To) and rule.key.removeprefix("data.") in OVERRIDES
+)
 
 SUBSETS: Table = {
     **{f"datasets.*.{key}": rule for key, rule in IMAGES.items()},

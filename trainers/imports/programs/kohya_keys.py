@@ -10,7 +10,7 @@ from dreamfleet.trainers.imports.programs.common import (
     trackers,
     yes_is,
 )
-from dreamfleet.trainers.imports.programs.kohya_image_keys import DIFFERENT, IMAGES, SUBSETS
+from dreamfleet.trainers.imports.programs.kohya_image_keys import DIFFERENT, IMAGES, OWN, SUBSETS
 from dreamfleet.trainers.imports.rules import (
     Effect,
     Gone,
@@ -149,6 +149,7 @@ _NETWORK: Table = {
     "network_args.dropout": To("method.neuron_dropout", off=(0,)),
     "network_args.rank_dropout": To("method.rank_dropout", off=(0,)),
     "network_args.module_dropout": To("method.module_dropout", off=(0,)),
+    "network_args.dora_wd": To("method.use_dora", plain, off=(False,)),
     "scale_weight_norms": To("method.scale_weight_norms", off=(0,)),
     "network_args.loraplus_lr_ratio": To("method.loraplus_lr_ratio", off=(0,)),
     "network_args.loraplus_unet_lr_ratio": To("method.loraplus_unet_lr_ratio", off=(0,)),
@@ -170,7 +171,7 @@ _NETWORK: Table = {
 _REST: Table = {
     **joined("kohya's folders (10_sks cat), or a plain folder", "data.train_data_dir", "train_data_dir"),
     **joined("class images; none are generated", "data.class_data_dir", "reg_data_dir"),
-    **joined("image folders", "data.concepts_list", "dataset_config"),
+    **joined("image folders", "data.sets", "dataset_config"),
     **changes("captions of a metadata file are not read: write caption files", "in_json"),
     "dataset_repeats": To("data.repeats"),
     **joined(
@@ -229,6 +230,7 @@ _REST: Table = {
 
 RULES: Table = {**IMAGES, **_MODEL, **_LENGTH, **_LOSS, **_OPTIMIZER, **_NETWORK, **_REST, **SUBSETS}
 PATTERNS: Table = {
+    f"{OWN}*": Joined(("data.sets",), "an option of one image set"),
     f"{DIFFERENT}*": Gone(
         Effect.CHANGES, "options of images hold for all folders of a recipe; those of the first are used", ()
     ),

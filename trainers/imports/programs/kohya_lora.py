@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dreamfleet.trainers.imports.draft import Draft
-from dreamfleet.trainers.imports.programs.common import KOHYA_LAYERS
+from dreamfleet.trainers.imports.programs.common import BLOCK_LAYERS, put_layers
 from dreamfleet.trainers.imports.rules import Effect, is_off, number
 from dreamfleet.trainers.imports.settings import Settings
 
@@ -36,4 +36,4 @@ def write_lora(settings: Settings, draft: Draft, rank: Any) -> None:
                 draft.leave(key, given, Effect.CHANGES, f"all layers have the same: {ours} is used")
     else:
         note = "the layers of kohya's LoRA; ours adapts only attention by default"
-        draft.put("method.lora_target_modules", KOHYA_LAYERS, source="network_module", note=note)
+        put_layers(draft, BLOCK_LAYERS, source="network_module", note=note)

@@ -8,7 +8,7 @@ from dreamfleet.trainers.imports.draft import Draft
 from dreamfleet.trainers.imports.image_sets import ImageSet
 from dreamfleet.trainers.imports.programs import kohya_image_keys as keys
 from dreamfleet.trainers.imports.programs.common import put_resolution
-from dreamfleet.trainers.imports.rules import Effect, number, plain
+from dreamfleet.trainers.imports.rules import Effect, To, number, plain
 from dreamfleet.trainers.imports.settings import Setting, Settings
 
 _LEVELS = ("datasets.*.subsets.*.", "datasets.*.", "general.")
@@ -30,6 +30,7 @@ def read_subsets(settings: Settings, draft: Draft) -> list[ImageSet]:
                 repeats=int(number(_inherited(settings, place, "num_repeats", 1))),
                 is_class=plain(_at(settings, place, "is_reg")) is True,
                 masks=str(masks) if masks else None,
+                options=_own_options(settings, place, draft),
             )
         )
         resolutions[dataset] = _inherited(settings, place, "resolution", 512)
@@ -46,33 +47,46 @@ def read_subsets(settings: Settings, draft: Draft) -> list[ImageSet]:
 
 
 def with_inherited(settings: Settings) -> Settings:
-    """Return settings in which an option that a folder inherits is one of the folder.
+    """Return settings in which an option that folders inherit is one of all folders: the first folder's.
 
-    Options are those of the folder, its dataset, or [general], in this order. One value is kept of those that agree;
-    the others are reported.
+    Options are those of the folder, its dataset, or [general], in this order. What another folder has instead is kept
+    under ``keys.OWN`` and the option if a set of a recipe can have it, else under ``keys.DIFFERENT``, to be reported.
     """
     folders = [
-        item
+        item.where.rpartition(".")[0]
         for item in settings.found.get("datasets.*.subsets.*.image_dir", [])
         if plain(_at(settings, item.where.rpartition(".")[0], "is_reg")) is not True
     ]
+    if not folders:
+        return settings
     apart = ("resolution", "batch_size", "conditioning_data_dir")
     names = [name for name in keys.IMAGES if name not in apart]
-    places = [f"{prefix}{name}" for prefix in _LEVELS for name in names]
-    found = {key: items for key, items in settings.found.items() if key not in places or not folders}
-    result = Settings(found)
-    for name in names if folders else ():
-        values = [_found_at(settings, item.where.rpartition(".")[0], name) for item in folders]
-        given = [(item, value) for item, value in zip(folders, values, strict=True) if value is not None]
-        if given:
-            first = values[0].value if values[0] is not None else None
-            kept = next(value for _, value in given)
-            found.setdefault(name, []).append(kept)
-            different = [value for value in values if (value.value if value is not None else None) != first]
-            found.setdefault(f"{keys.DIFFERENT}{name}", []).extend(
-                each for each in different if each is not None
-            )
+    places = {f"{prefix}{name}" for prefix in _LEVELS for name in names}
+    result = Settings({key: items for key, items in settings.found.items() if key not in places})
+    for name in names:
+        values = {place: _found_at(settings, place, name) for place in folders}
+        first = values[folders[0]]
+        if first is not None:
+            result.found.setdefault(name, []).append(first)
+        for place, value in values.items():
+            if (value and value.value) != (first and first.value):
+                own = Setting(f"{place}.{name}", value.value if value else None)
+                prefix = keys.OWN if name in keys.OF_ONE_SET else keys.DIFFERENT
+                result.found.setdefault(f"{prefix}{name}", []).append(own)
     return result
+
+
+def _own_options(settings: Settings, place: str, draft: Draft) -> dict[str, Any]:
+    """Return the options that a folder has in place of those of the first one, under the names of a set."""
+    found = {}
+    for name in keys.OF_ONE_SET:
+        rule = keys.IMAGES[name]
+        for item in settings.found.get(f"{keys.OWN}{name}", []):
+            if item.where == f"{place}.{name}" and isinstance(rule, To):
+                default = [".caption"] if name == "caption_extension" else draft.ours.get(rule.key)
+                value = default if item.value is None else rule.convert(item.value)
+                found[rule.key.removeprefix("data.")] = value
+    return found
 
 
 def _found_at(settings: Settings, place: str, name: str) -> Setting | None:

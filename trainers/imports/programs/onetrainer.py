@@ -10,8 +10,10 @@ from dreamfleet.trainers.imports.draft import Draft
 from dreamfleet.trainers.imports.importer import Importer
 from dreamfleet.trainers.imports.programs import onetrainer_keys
 from dreamfleet.trainers.imports.programs.common import (
-    KOHYA_LAYERS,
+    ATTENTION_LAYERS,
+    BLOCK_LAYERS,
     options_of,
+    put_layers,
     put_options,
     put_output,
     put_resolution,
@@ -32,10 +34,18 @@ _SCHEDULES = {
     "COSINE_WITH_RESTARTS": "cosine_with_restarts",
     "COSINE_WITH_HARD_RESTARTS": "cosine_with_restarts",
 }
-_LAYERS: Mapping[str, Any] = {
-    "attn-mlp": KOHYA_LAYERS,
-    "attn-only": ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "full": "locon",
+_LAYERS: Mapping[str, Any] = {"attn-mlp": BLOCK_LAYERS, "attn-only": ATTENTION_LAYERS, "full": "locon"}
+# Names of formats 0 and 1 -> today's
+_OLD_NAMES = {
+    **{f"train_{part}": f"{part}.train" for part in ("unet", "text_encoder", "text_encoder_2")},
+    **{
+        f"{part}_{name}": f"{part}.{name}"
+        for part in ("unet", "text_encoder", "text_encoder_2", "vae")
+        for name in ("learning_rate", "weight_dtype", "model_name")
+    },
+    **{f"train_{part}_epochs": f"{part}.stop_training_after" for part in ("unet", "text_encoder")},
+    "token_count": "embedding.token_count",
+    "initial_embedding_text": "embedding.initial_embedding_text",
 }
 
 
@@ -76,6 +86,7 @@ class OneTrainer(Importer):
         if isinstance(content, list):
             is_samples = all(isinstance(item, dict) and "prompt" in item for item in content)
             return {"samples" if is_samples else "concepts": content}
+        content = {_OLD_NAMES.get(key, key): value for key, value in content.items()}
         if isinstance(content.get("optimizer"), str):  # format 0: optimizer_beta1 beside optimizer
             nested = {
                 key.removeprefix("optimizer_"): content[key]
@@ -164,6 +175,9 @@ class OneTrainer(Importer):
                 draft.leave("learning_rate_scaler", scaler, Effect.CHANGES, reason)
 
     def _finish_loss(self, settings: Settings, draft: Draft) -> None:
+        old_gamma = settings.get("min_snr_gamma")
+        if not is_off(old_gamma, (0,)):
+            draft.put("train.snr_gamma", old_gamma, source="min_snr_gamma")
         weight = settings.get("loss_weight_fn", "CONSTANT")
         if weight == "MIN_SNR_GAMMA":
             gamma = settings.get("loss_weight_strength", 5.0)
@@ -253,12 +267,12 @@ class OneTrainer(Importer):
                 "layer_filter", given, Effect.CHANGES, "write the layers in method.lora_target_modules"
             )
             return
-        note = (
-            "its layers; conv_in, conv_out and the time embedding are left out"
-            if layers == "locon"
-            else "its layers"
-        )
-        draft.put("method.lora_target_modules", layers, source="layer_filter_preset", note=note)
+        source = "layer_filter_preset"
+        if layers == "locon":
+            note = "its layers; conv_in, conv_out and the time embedding are left out"
+            draft.put("method.lora_target_modules", layers, source=source, note=note)
+        else:
+            put_layers(draft, layers, source=source, note="its layers")
 
 
 def _own_options(settings: Settings) -> dict[str, tuple[str, Any]]:

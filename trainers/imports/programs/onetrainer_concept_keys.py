@@ -48,7 +48,7 @@ CONCEPTS: Table = {
     **ignored(
         "latents are always cached unless images vary", "latent_caching", "clear_cache_before_training"
     ),
-    **joined("files with the concepts and samples", "data.concepts_list", "concept_file_name"),
+    **joined("files with the concepts and samples", "data.sets", "concept_file_name"),
     **joined("prompts of previews", "validation.prompts", "samples.*.prompt", "sample_definition_file_name"),
     "samples.*.negative_prompt": To("validation.negative_prompt"),
     "samples.*.diffusion_steps": To("validation.num_inference_steps"),

@@ -83,6 +83,7 @@ _TRAINING: Table = {
 }
 
 _LOSS: Table = {
+    **joined("of formats before 3", "train.snr_gamma", "min_snr_gamma"),
     **joined(
         "min-SNR with its gamma, or another weight",
         "train.snr_gamma",
@@ -168,7 +169,7 @@ _OPTIMIZER: Table = {
 _METHOD: Table = {
     "lora_rank": To("method.lora_rank"),
     "lora_alpha": To("method.lora_alpha", note="scales by alpha / rank, as there"),
-    "dropout_probability": To("method.lora_dropout", off=(0, 0.0)),
+    "dropout_probability": To("method.neuron_dropout", off=(0, 0.0)),
     "lora_decompose": To("method.use_dora", off=(False,)),
     **ignored("only with lora_decompose", "lora_decompose_norm_epsilon", "lora_decompose_output_axis"),
     "peft_type": To(

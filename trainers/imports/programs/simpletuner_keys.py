@@ -36,7 +36,7 @@ RULES: Table = {
     ),
     **to("model", "prediction_type", "rescale_betas_zero_snr"),
     **joined("pixels or megapixels, by resolution_type", "data.resolution", "resolution", "resolution_type"),
-    **joined("the folders of images", "data.concepts_list", "data_backend_config"),
+    **joined("the folders of images", "data.sets", "data_backend_config"),
     "caption_dropout_probability": To("data.caption_dropout"),
     **joined("steps take precedence", "train.max_train_steps", "max_train_steps", "num_train_epochs"),
     **to("train", "train_batch_size", "gradient_accumulation_steps", "seed", "mixed_precision"),
