@@ -114,7 +114,7 @@ def make_shards(jobs: Sequence[Job], *, workers: int) -> list[list[Job]]:
     return shards
 
 
-def read_images(batch: Mapping[str, np.ndarray], *, max_pixels: int, weighted: bool) -> dict[str, np.ndarray]:
+def read_images(batch: Mapping[str, np.ndarray], *, data: DataConfig) -> dict[str, np.ndarray]:
     """Read and crop the images of a shard; return the batch with `pixels` (bytes), `reason` and `failure` added.
 
     `reason` says why an image could not be decoded, `failure` why a file could not be read; "" otherwise.
@@ -123,7 +123,7 @@ def read_images(batch: Mapping[str, np.ndarray], *, max_pixels: int, weighted: b
     for job in _jobs_in(batch):
         cut, reason, failure = b"", "", ""
         try:
-            cut = _cut(job, max_pixels=max_pixels, weighted=weighted).tobytes()
+            cut = _cut(job, data).tobytes()
         except DataError as error:
             reason = str(error).removeprefix(f"{job.uri}: ")
         except StorageError as error:  # returned as data, since Ray would wrap an exception
@@ -202,7 +202,7 @@ def encode_shards(
     Raises UserError if a file cannot be read, the cache cannot be written or the model cannot be loaded, and RunFailed
     if the pool fails. Shards that were yielded remain in the cache.
     """
-    read = functools.partial(read_images, max_pixels=data.max_pixels, weighted=data.alpha_mask)
+    read = functools.partial(read_images, data=data)
     results: Iterable[Mapping[str, np.ndarray]]
     options: dict[str, Any] = {"precision": data.cache_precision, "read": read}
     if pool is None:
@@ -237,17 +237,16 @@ def _on_ray(
     )
 
 
-def _cut(job: Job, *, max_pixels: int, weighted: bool) -> np.ndarray:
+def _cut(job: Job, data: DataConfig) -> np.ndarray:
     """Read and crop one image as in training. Raises StorageError, also if the file changed since it was indexed."""
-    data = read_image_file(job.uri)
+    content = read_image_file(job.uri)
     mask = read_mask(job.mask) if job.mask else None
-    seen = hashlib.sha256(data).hexdigest(), hashlib.sha256(mask.data).hexdigest() if mask else ""
+    seen = hashlib.sha256(content).hexdigest(), hashlib.sha256(mask.data).hexdigest() if mask else ""
     if seen != (job.sha256, job.mask_sha256):
         raise StorageError(f"{job.uri} changed while it was being encoded. Run `dreamfleet data cache` again")
-    draw = ImageView(0, None, job.flip, job.size)
-    return cut_image(
-        data, draw, uri=job.uri, size=job.size, max_pixels=max_pixels, weighted=weighted, mask=mask
-    )
+    view, how = ImageView(0, None, job.flip, job.size), data.image_interpolation_mode
+    options: dict[str, Any] = {"max_pixels": data.max_pixels, "weighted": data.alpha_mask, "mask": mask}
+    return cut_image(content, view, uri=job.uri, size=job.size, resampling=how, **options)
 
 
 def _columns(jobs: Sequence[Job]) -> dict[str, np.ndarray]:

@@ -41,7 +41,7 @@ LEFT_OUT: dict[Any, str] = {
     "engine.dynamo_backend": "comes with engine.torch_compile; inductor needs CUDA's compiler",
     "engine.zero_quantized_weights": "DeepSpeed compiles CUDA kernels for it",
     "engine.zero_quantized_gradients": "DeepSpeed compiles CUDA kernels for it",
-    ("data.source", "stream"): "Ray Data streams on CPUs",
+    ("data.source", "stream"): "Ray tasks stream on CPUs",
     ("validation.metrics", "dino"): "needs the weights of a DINO",
     ("model.prediction_type", "sample"): "no samplers draw it",
 }

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from dreamfleet.datasets.errors import DataError, ModelError
-from dreamfleet.datasets.images.images import MOST_RESIZED
+from dreamfleet.datasets.images.resampling import MOST_RESIZED
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.datasets.tools.tags import escape_brackets, with_spaces
 
