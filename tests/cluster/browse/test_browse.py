@@ -101,6 +101,22 @@ def test_filters_select_on_edited_values(folder: Path) -> None:
         names(page, colour="red")
 
 
+def test_near_duplicates_are_shown_in_groups(folder: Path) -> None:
+    rng = np.random.default_rng(5)
+    picture = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize(
+        (256, 256), Image.Resampling.BICUBIC
+    )
+    picture.save(folder / "near-a.png")
+    picture.resize((200, 200)).save(folder / "near-b.jpg", quality=90)
+    recipe = make_recipe(folder)
+    page = BrowsePage(recipe, lambda: load_table(recipe.data, near=True), title="set", modes={})
+    found = names(page, state="near")
+    assert {"near-a.png", "near-b.jpg", "000.png", "copy.png"} <= set(found)
+    groups = [int(page.table.near[row_of(page, name)]) for name in found]
+    assert groups == sorted(groups) and len(set(groups)) < len(groups)
+    assert names(make_page(folder), state="near") == []
+
+
 def test_buckets_follow_a_crop(folder: Path) -> None:
     page = make_page(folder, enable_bucket=True, min_bucket_reso=16, max_bucket_reso=64, bucket_reso_steps=8)
     (size,) = [
