@@ -15,6 +15,8 @@ from dreamfleet.datasets.set_config import ImageDir, ImageSet, SetOptions, also
 
 # Pillow itself rejects larger images (twice its warning limit), so larger values would have no effect.
 MAX_PIXELS = 178_956_970
+# The names of the filters that resize images; datasets/images/resampling.py defines them.
+IMAGE_FILTERS = ("scaled_lanczos", "lanczos", "bicubic", "bilinear", "area")
 MOST_CLASSES = 1000  # maximum number of classes of labelled images
 
 
@@ -118,6 +120,12 @@ class DataConfig(Section):
     random_flip: bool = Field(default=False, validation_alias=also("random_flip", "flip_aug"))
     repeats: int = Field(default=1, ge=1, validation_alias=also("repeats", "num_repeats"))
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MAX_PIXELS)
+    image_interpolation_mode: Literal["scaled_lanczos", "lanczos", "bicubic", "bilinear", "area"] = Field(
+        default="scaled_lanczos",
+        validation_alias=also("image_interpolation_mode", "resize_interpolation"),
+        description="filter that resizes images; scaled_lanczos is Lanczos after a JPEG of at least twice the size has "
+        "been decoded at 1/2, 1/4 or 1/8 of it, several times as fast",
+    )
 
     enable_bucket: bool = Field(
         default=False,
@@ -145,6 +153,16 @@ class DataConfig(Section):
         description="folder of masks with the names of the images: greyscale, white has full weight",
     )
 
+    shuffle: Literal["full", "shards"] = Field(
+        default="full",
+        description="order of an epoch: `full`, any; `shards`: images in the same tar or Parquet file stay near "
+        "each other, so that few of these files are read at a time",
+    )
+    shuffle_window: int = Field(
+        default=10_000,
+        ge=1,
+        description="with `shuffle: shards`, the number of images over which shards are mixed",
+    )
     source: Literal["auto", "resident", "stream"] = "auto"
     resident_limit_mb: int = Field(default=4096, ge=1)
     cache_latents: bool = True
@@ -153,6 +171,11 @@ class DataConfig(Section):
         min_length=1,
         description="folder or s3:// address of latents that `dreamfleet data cache` encoded: the run reads these "
         "instead of decoding images",
+    )
+    cache: Literal["before_training", "while_training"] = Field(
+        default="before_training",
+        description="when cache_dir is filled: by `dreamfleet data cache` before the run, or by the run itself, which "
+        "encodes the images that the cache lacks when it first needs them",
     )
     class_cache_dir: Annotated[
         str | None, PathField("folder", must_exist=False, compared=False, is_output=True)
@@ -257,6 +280,10 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _latents_can_be_kept(self) -> Self:
         if self.cache_dir is None:
+            if self.cache == "while_training":
+                raise ValueError(
+                    "cache: while_training without cache_dir: set cache_dir to a folder or an s3:// address"
+                )
             return self
         if not self.center_crop:
             raise ValueError(

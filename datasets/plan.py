@@ -24,6 +24,7 @@ import numpy as np
 
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.rng import numpy_rng
+from dreamfleet.datasets.shard_order import shard_order
 
 
 class Draw(NamedTuple):
@@ -39,7 +40,9 @@ class BatchPlan:
     ``concepts[i]`` is the concept of instance row i, ``repeats[i]`` its number of uses per epoch and ``buckets[i]`` its
     bucket (default: one bucket for all). Repeats may have a fraction: of n rows with the fraction f, the same concept
     and the same bucket, about f * n get one more use in an epoch, all of them equally often in the course of epochs.
-    ``class_concepts[j]`` is the concept of class row j; it is empty without prior preservation.
+    ``class_concepts[j]`` is the concept of class row j; it is empty without prior preservation. With
+    ``shards``, the shard number of each instance row, an epoch is shuffled by shard_order within ``shuffle_window``
+    draws, otherwise as a whole.
     """
 
     def __init__(
@@ -51,12 +54,16 @@ class BatchPlan:
         repeats: Sequence[float] | None = None,
         buckets: Sequence[int] | None = None,
         class_concepts: Sequence[int] = (),
+        shards: Sequence[int] | np.ndarray | None = None,
+        shuffle_window: int = 0,
     ):
         if not len(concepts):
             raise DataError("there are no training images; check data.instance_data_dir")
         if global_batch < 1:
             raise ValueError(f"global batch must be at least 1, got {global_batch}")
         self.seed, self.global_batch = seed, global_batch
+        self._shards = None if shards is None else np.asarray(shards, np.int64)
+        self._window = shuffle_window
         wanted = np.ones(len(concepts)) if repeats is None else np.asarray(repeats, float)
         counts = np.floor(wanted).astype(np.int64)
         self._concepts = np.asarray(concepts, np.int64)
@@ -143,7 +150,10 @@ class BatchPlan:
 
     def _epoch_order(self, bucket: int, epoch: int) -> np.ndarray:
         apart = (bucket,) if len(self._slots) > 1 else ()
-        return numpy_rng("order", self.seed, epoch, *apart).permutation(self._slots[bucket])
+        slots, rng = self._slots[bucket], numpy_rng("order", self.seed, epoch, *apart)
+        if self._shards is None:
+            return rng.permutation(slots)
+        return slots[shard_order(self._shards[self._rows[slots]], window=self._window, rng=rng)]
 
     def _epoch_class_order(self, concept: int, epoch: int) -> np.ndarray:
         return numpy_rng("class order", self.seed, concept, epoch).permutation(self._classes[concept])

@@ -84,6 +84,7 @@ class Renderer:
             ImageView(row, None, False, self.table.size(row)),
             uri=uri,
             size=data.resolution,
+            resampling=data.image_interpolation_mode,
             max_pixels=data.max_pixels,
             weighted=True,
             mask=read_mask(mask) if mask else None,

@@ -15,10 +15,7 @@ from PIL import WebPImagePlugin as _webp  # noqa: F401
 from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.color_profile import to_srgb
-
-# An image is resized as a whole and then cropped, unless the resized image would have more than this many times the
-# pixels of the target. Photographs and panoramas do not. (Resizing only a part gives other values in the last bits.)
-MOST_RESIZED = 16
+from dreamfleet.datasets.images.resampling import Box, place_target, reduce_jpeg, resize_and_crop, turn_box
 
 # EPS, PDF and FITS are left out, since their readers start other programs or read other data.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -43,13 +40,17 @@ class Header(NamedTuple):
     orientation: int = 1  # EXIF; 1 for formats whose reader applies it
 
 
-class Placed(NamedTuple):
-    """The size that an image is resized to, and the left and top edges of the crop; in pixels."""
+class Decoded(NamedTuple):
+    """A decoded image, upright and in sRGB, and its alpha channel (8-bit grey, 255 is opaque; None without one).
 
-    width: int
-    height: int
-    left: int
-    top: int
+    ``size`` is the size of the file in pixels after the EXIF rotation. ``box`` is the part of ``image`` that the file
+    covers: all of it, unless a JPEG was decoded at a reduced size.
+    """
+
+    image: Image.Image
+    alpha: Image.Image | None
+    size: tuple[int, int]
+    box: Box
 
 
 def open_image(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -66,14 +67,35 @@ def open_with_alpha(
     data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS
 ) -> tuple[Image.Image, Image.Image | None]:
     """Decode an image as open_image does, and its alpha channel (8-bit grey, 255 is opaque; None without one)."""
+    return decode_image(data, uri=uri, max_pixels=max_pixels)[:2]
+
+
+def decode_image(
+    data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS, covering: tuple[int, int] | None = None
+) -> Decoded:
+    """Decode an image as open_image does.
+
+    With ``covering``, a (width, height) in pixels to which fit_image will cut it, a JPEG may be decoded at a reduced
+    size, in a fraction of the time (see reduce_jpeg).
+    """
     with _named_errors(uri, data), _open(data, uri=uri, max_pixels=max_pixels) as image:
+        box: Box = (0.0, 0.0, float(image.width), float(image.height))
+        full = image.size
+        if covering is not None and image.format == "JPEG":  # the EXIF data of a JPEG precede its pixels
+            is_turned = _orientation(image) >= 5
+            placed = place_target(full[::-1] if is_turned else full, covering)
+            least = (placed.height, placed.width) if is_turned else (placed.width, placed.height)
+            box = reduce_jpeg(image, least)
         image.load()
         orientation = _orientation(image)
         rgb, alpha = _to_rgb_and_alpha(image, uri)
         if orientation in _ROTATIONS:
-            rgb = rgb.transpose(_ROTATIONS[orientation])
-            alpha = alpha.transpose(_ROTATIONS[orientation]) if alpha is not None else None
-        return rgb, alpha
+            how = _ROTATIONS[orientation]
+            full = full[::-1] if orientation >= 5 else full
+            box = turn_box(box, rgb.size, how)
+            rgb = rgb.transpose(how)
+            alpha = alpha.transpose(how) if alpha is not None else None
+        return Decoded(rgb, alpha, full, box)
 
 
 def read_header(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> Header:
@@ -110,67 +132,34 @@ def fit_image(
     center: bool = True,
     crop_key: tuple[float, float] | None = None,
     flip: bool = False,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+    decoded: Decoded | None = None,
 ) -> np.ndarray:
     """Resize an image to just cover the target, crop it and flip it; return uint8 [H,W,3], or [H,W] for grey images.
 
     `resolution` is a side or (width, height) in pixels. `crop_key`, two numbers in [0,1), is the relative position
-    (x, y) of the crop if `center` is false. Pillow's antialiasing Lanczos filter is used for enlarging and shrinking.
+    (x, y) of the crop if `center` is false. `resample` is Pillow's filter, which averages when it shrinks. `decoded` is
+    needed if `image` was decoded at a reduced size: the result has the geometry of the full size.
     """
     if image.mode not in ("RGB", "L"):
         raise AssertionError(f"fit_image takes RGB and grey images, not {image.mode}")
     target = (resolution, resolution) if isinstance(resolution, int) else resolution
-    placed = place_target(image.size, target, crop_key=None if center else crop_key)
-    image = resize_and_crop(image, placed, target, Image.Resampling.LANCZOS)
+    size, box = (image.size, None) if decoded is None else (decoded.size, decoded.box)
+    placed = place_target(size, target, crop_key=None if center else crop_key)
+    image = resize_and_crop(image, placed, target, resample, box=box)
     pixels = np.asarray(image, dtype=np.uint8)
     if flip:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
 
 
-def resize_and_crop(
-    image: Image.Image, placed: Placed, target: tuple[int, int], resample: Image.Resampling
-) -> Image.Image:
-    """Resize an image and crop a target of (width, height) pixels from it, as `placed` specifies.
-
-    If the resized image would be far larger than the target, only the crop is computed. Otherwise an image of 2000 x 1
-    pixels would take 4 GiB at a resolution of 512.
-    """
-    covered = (placed.width, placed.height)
-    if covered == image.size:
-        pass
-    elif placed.width * placed.height > MOST_RESIZED * target[0] * target[1]:
-        across, down = image.width / placed.width, image.height / placed.height
-        left, top = placed.left * across, placed.top * down
-        right, bottom = left + target[0] * across, top + target[1] * down
-        box = (left, top, min(right, image.width), min(bottom, image.height))
-        return image.resize(target, resample, box=box)
-    else:
-        image = image.resize(covered, resample)
-    if covered == target:
-        return image
-    return image.crop((placed.left, placed.top, placed.left + target[0], placed.top + target[1]))
-
-
-def place_target(
-    size: tuple[int, int], target: tuple[int, int], *, crop_key: tuple[float, float] | None = None
-) -> Placed:
-    """Return how fit_image resizes an image and where it crops: in the centre, or at the relative position `crop_key`.
-
-    Sizes are (width, height) in pixels, before flipping.
-    """
-    scale = max(target[0] / size[0], target[1] / size[1])
-    width, height = max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
-    spare_x, spare_y = width - target[0], height - target[1]
-    if crop_key is None:
-        return Placed(width, height, spare_x // 2, spare_y // 2)
-    return Placed(width, height, int(crop_key[0] * (spare_x + 1)), int(crop_key[1] * (spare_y + 1)))
-
-
-def to_tensor_range(pixels: np.ndarray) -> np.ndarray:
-    """Convert uint8 [H,W,3] to float32 [3,H,W] in [-1,1], the input range of the VAE."""
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(
-        1
-    )
+def to_tensor_range(pixels: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+    """Convert uint8 [H,W,3] to float32 [3,H,W] in [-1,1], the input range of the VAE; write it to `out` if given."""
+    made = np.empty((3, *pixels.shape[:2]), np.float32) if out is None else out
+    np.copyto(made, pixels.transpose(2, 0, 1))
+    made /= np.float32(127.5)
+    made -= np.float32(1)
+    return made
 
 
 class _named_errors:

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from dreamfleet.datasets.config import MAX_PIXELS
-from dreamfleet.datasets.images.images import fit_image, open_with_alpha
+from dreamfleet.datasets.images.images import Decoded, decode_image, fit_image, open_with_alpha
+from dreamfleet.datasets.images.resampling import RESAMPLINGS
 
 OPAQUE = 255
 # DreamArtist's attention maps: weight 0 for black, 1 for mid-grey (127) and 5 for white, multiplied by 51 to fill a
@@ -35,12 +36,21 @@ class ImageView(NamedTuple):
     size: tuple[int, int] | None = None
 
 
+class OpenedView(NamedTuple):
+    """A decoded image, and its loss weights if they are wanted: 8-bit grey, or None if they are 255 everywhere."""
+
+    decoded: Decoded
+    weighted: bool
+    weights: Image.Image | None
+
+
 def cut_image(
     data: bytes,
     view: ImageView,
     *,
     uri: str,
     size: int | tuple[int, int],
+    resampling: str,
     max_pixels: int = MAX_PIXELS,
     weighted: bool = False,
     mask: Mask | None = None,
@@ -49,24 +59,65 @@ def cut_image(
 
     The fourth channel contains the loss weight of each pixel, cropped in the same way. It comes from ``mask``
     (greyscale of any size, white has full weight), otherwise from the image's alpha channel; without either it is 255
-    everywhere. ``size`` applies to views without a size. Raises DataError naming ``uri``.
+    everywhere. ``size`` applies to views without a size. ``resampling`` is a name in RESAMPLINGS. Raises DataError
+    naming ``uri``.
     """
+    target = view.size or ((size, size) if isinstance(size, int) else size)
+    opened = open_view(
+        data,
+        uri=uri,
+        size=target,
+        resampling=resampling,
+        max_pixels=max_pixels,
+        weighted=weighted,
+        mask=mask,
+    )
+    return cut_opened(opened, view, size=target, resampling=resampling)
 
-    def cut(image: Image.Image) -> np.ndarray:
-        return fit_image(
-            image, view.size or size, center=view.crop is None, crop_key=view.crop, flip=view.flip
-        )
 
-    rgb, weights = open_with_alpha(data, uri=uri, max_pixels=max_pixels)
+def open_view(
+    data: bytes,
+    *,
+    uri: str,
+    size: tuple[int, int],
+    resampling: str,
+    max_pixels: int = MAX_PIXELS,
+    weighted: bool = False,
+    mask: Mask | None = None,
+) -> OpenedView:
+    """Decode an image and its loss weights for cut_opened, which cuts them to ``size``; see cut_image."""
+    covering = size if RESAMPLINGS[resampling].scaled_decode else None
+    decoded = decode_image(data, uri=uri, max_pixels=max_pixels, covering=covering)
     if not weighted:
-        return cut(rgb)
+        return OpenedView(decoded, False, None)
+    weights = decoded.alpha
     if mask is not None:
         weights = open_mask(mask, uri=f"the mask of {uri}", max_pixels=max_pixels)
-    if weights is None:
-        weights = Image.new("L", rgb.size, OPAQUE)
-    if weights.size != rgb.size:
-        weights = weights.resize(rgb.size, Image.Resampling.BILINEAR)
-    return np.dstack([cut(rgb), cut(weights)])
+    if weights is not None and weights.size != decoded.size:
+        weights = weights.resize(decoded.size, Image.Resampling.BILINEAR)
+    return OpenedView(decoded, True, weights)
+
+
+def cut_opened(opened: OpenedView, view: ImageView, *, size: tuple[int, int], resampling: str) -> np.ndarray:
+    """Resize, crop and flip an image from open_view; return what cut_image returns."""
+
+    def cut(image: Image.Image, part: Decoded | None = None) -> np.ndarray:
+        return fit_image(
+            image,
+            size,
+            center=view.crop is None,
+            crop_key=view.crop,
+            flip=view.flip,
+            resample=RESAMPLINGS[resampling].filter,
+            decoded=part,
+        )
+
+    pixels = cut(opened.decoded.image, opened.decoded)
+    if not opened.weighted:
+        return pixels
+    if opened.weights is None:
+        return np.dstack([pixels, np.full(pixels.shape[:2], OPAQUE, np.uint8)])
+    return np.dstack([pixels, cut(opened.weights)])
 
 
 def open_mask(mask: Mask, *, uri: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from dreamfleet.datasets.images.images import Placed, resize_and_crop
+from dreamfleet.datasets.images.resampling import Placed, resize_and_crop
 
 Fit = Callable[[Image.Image], Image.Image]  # prepares an image for a model
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,11 +15,11 @@ import pyarrow as pa
 
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.environment import apply_variables, variables_to_send
-from dreamfleet.datasets.errors import DataError, RunFailed, StorageError, UserError
+from dreamfleet.datasets.errors import DataError, StorageError, UserError
 from dreamfleet.datasets.images.masks import ImageView, cut_image
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.index.sources import read_image_file, read_mask
+from dreamfleet.datasets.processing.runner import Stage, run_on_ray
 from dreamfleet.datasets.serve.latent_files import Key, LatentCache, write_shard
 from dreamfleet.datasets.storage.storage import Storage
 
@@ -116,7 +114,7 @@ def make_shards(jobs: Sequence[Job], *, workers: int) -> list[list[Job]]:
     return shards
 
 
-def read_images(batch: Mapping[str, np.ndarray], *, max_pixels: int, weighted: bool) -> dict[str, np.ndarray]:
+def read_images(batch: Mapping[str, np.ndarray], *, data: DataConfig) -> dict[str, np.ndarray]:
     """Read and crop the images of a shard; return the batch with `pixels` (bytes), `reason` and `failure` added.
 
     `reason` says why an image could not be decoded, `failure` why a file could not be read; "" otherwise.
@@ -125,7 +123,7 @@ def read_images(batch: Mapping[str, np.ndarray], *, max_pixels: int, weighted: b
     for job in _jobs_in(batch):
         cut, reason, failure = b"", "", ""
         try:
-            cut = _cut(job, max_pixels=max_pixels, weighted=weighted).tobytes()
+            cut = _cut(job, data).tobytes()
         except DataError as error:
             reason = str(error).removeprefix(f"{job.uri}: ")
         except StorageError as error:  # returned as data, since Ray would wrap an exception
@@ -204,7 +202,7 @@ def encode_shards(
     Raises UserError if a file cannot be read, the cache cannot be written or the model cannot be loaded, and RunFailed
     if the pool fails. Shards that were yielded remain in the cache.
     """
-    read = functools.partial(read_images, max_pixels=data.max_pixels, weighted=data.alpha_mask)
+    read = functools.partial(read_images, data=data)
     results: Iterable[Mapping[str, np.ndarray]]
     options: dict[str, Any] = {"precision": data.cache_precision, "read": read}
     if pool is None:
@@ -223,68 +221,32 @@ def encode_shards(
 def _on_ray(
     shards: Sequence[Sequence[Job]], pool: Pool, read: Any, options: Mapping[str, Any]
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    import ray.data
-    import ray.exceptions
-
-    logging.getLogger("ray.data").setLevel(
-        logging.ERROR
-    )  # otherwise it logs messages about options that are set here
     tables = [
         pa.table({name: column.tolist() for name, column in _columns(shard).items()}) for shard in shards
     ]
-    dataset = ray.data.from_arrow(tables)
-    dataset.context.print_on_execution_start = False
-    dataset.context.enable_progress_bars = False
     buckets = not options["folder"].is_local or any("://" in job.uri for shard in shards for job in shard)
-    environment, sent = {"env_vars": dict(pool.environment)}, variables_to_send(buckets=buckets)
-
-    # Secrets are sent inside closures, since Ray logs runtime environments and may display arguments.
-    def read_apart(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        apply_variables(sent)
-        return read(batch)
-
-    def make_apart() -> Encode:  # the first call in an actor
-        apply_variables(sent)
-        return options["make_encode"]()
-
-    if pool.decode_apart:
-        dataset = dataset.map_batches(
-            read_apart, batch_size=None, batch_format="numpy", num_cpus=1, runtime_env=environment
-        )
-    asked = dict(pool.resources)
-    dataset = dataset.map_batches(
-        ShardWriter,
-        fn_constructor_kwargs={**options, "make_encode": make_apart},
-        batch_size=max(map(len, shards)),  # a whole shard; with GPUs Ray Data requires a number
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(shards))),
-        num_cpus=asked.pop("CPU", 0),
-        num_gpus=asked.pop("GPU", 0),
-        resources=asked or None,
-        runtime_env=environment,
+    stages = [Stage(lambda: read, {"CPU": 1})] if pool.decode_apart else []
+    stages.append(Stage(lambda: ShardWriter(**options), pool.resources, pool.actors))
+    yield from run_on_ray(
+        tables,
+        stages,
+        environment=pool.environment,
+        buckets=buckets,
+        batch_rows=max(map(len, shards)),  # a whole shard
+        what="encoding",
     )
-    try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
-    except ray.exceptions.RayError as error:
-        # Extract the message from Ray's long text of tracebacks and advice.
-        found = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .*", str(error), re.MULTILINE)
-        why = found[-1] if found else type(error).__name__
-        raise RunFailed(
-            f"encoding failed ({why[:300]}). Encoded images are kept; run the same command again to continue"
-        ) from error
 
 
-def _cut(job: Job, *, max_pixels: int, weighted: bool) -> np.ndarray:
+def _cut(job: Job, data: DataConfig) -> np.ndarray:
     """Read and crop one image as in training. Raises StorageError, also if the file changed since it was indexed."""
-    data = read_image_file(job.uri)
+    content = read_image_file(job.uri)
     mask = read_mask(job.mask) if job.mask else None
-    seen = hashlib.sha256(data).hexdigest(), hashlib.sha256(mask.data).hexdigest() if mask else ""
+    seen = hashlib.sha256(content).hexdigest(), hashlib.sha256(mask.data).hexdigest() if mask else ""
     if seen != (job.sha256, job.mask_sha256):
         raise StorageError(f"{job.uri} changed while it was being encoded. Run `dreamfleet data cache` again")
-    draw = ImageView(0, None, job.flip, job.size)
-    return cut_image(
-        data, draw, uri=job.uri, size=job.size, max_pixels=max_pixels, weighted=weighted, mask=mask
-    )
+    view, how = ImageView(0, None, job.flip, job.size), data.image_interpolation_mode
+    options: dict[str, Any] = {"max_pixels": data.max_pixels, "weighted": data.alpha_mask, "mask": mask}
+    return cut_image(content, view, uri=job.uri, size=job.size, resampling=how, **options)
 
 
 def _columns(jobs: Sequence[Job]) -> dict[str, np.ndarray]:

@@ -1,80 +1,168 @@
-"""Reads and decodes the images of an image stream, in Ray Data tasks."""
+"""Reads and decodes the images of one chunk of an image stream, in a Ray task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
+from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.environment import apply_variables
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.images import open_image
-from dreamfleet.datasets.images.masks import ImageView, cut_image
+from dreamfleet.datasets.images.masks import ImageView, Mask, cut_opened, open_view
 from dreamfleet.datasets.images.vision_transform import Fit
 from dreamfleet.datasets.index.sources import read_image_file, read_mask
 
+READERS = 16  # threads that read the files of a chunk from a bucket or over the network
 
-def decode_batch(
-    batch: dict[str, np.ndarray],
-    *,
-    max_pixels: int,
-    weighted: bool = False,
-    fit: Fit | None = None,
-    sent: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, np.ndarray]:
-    """Read, decode and crop a batch of jobs, each to its size; with ``fit``, apply it to the images instead.
 
-    The result has "pixels" (as bytes, since images of a block may differ in size), "error" (the reason why an image
-    could not be decoded) and "failure" (why a file could not be read); both are "" for good images. ``sent`` are the
-    variables from environment.variables_to_send.
+class DecodeJob(NamedTuple):
+    """One image to decode: its URI, the hash of the file when it was indexed, the URI of its mask, and its view.
+
+    ``sha256`` is "" if it is unknown, and ``mask`` is None without a mask. The view has a size, unless images are
+    processed by a ``fit``.
     """
+
+    uri: str
+    sha256: str
+    mask: str | None
+    view: ImageView
+
+
+class DecodeOptions(NamedTuple):
+    """How the images of a stream are decoded; ``fit``, if any, processes whole images instead of cutting them."""
+
+    resampling: str
+    max_pixels: int = MAX_PIXELS
+    weighted: bool = False
+    fit: Fit | None = None
+
+
+class Times(NamedTuple):
+    """When a chunk was started and finished (seconds since 1970), and the seconds that its steps took."""
+
+    started: float
+    ended: float
+    read: float
+    decode: float
+    resize: float
+
+
+class Chunk(NamedTuple):
+    """The decoded images of a chunk: uint8 [H,W,C] each, or None with the reason in ``errors``.
+
+    ``failure`` says why a file could not be read; the chunk then has no images. Errors are returned as data, since Ray
+    would wrap an exception.
+    """
+
+    images: list[np.ndarray | None]
+    errors: list[str]
+    failure: str
+    times: Times
+
+
+class _Files(NamedTuple):
+    image: bytes
+    mask: Mask | None
+    failure: str = ""
+
+
+def decode_chunk(
+    jobs: Sequence[DecodeJob], options: DecodeOptions, *, sent: Mapping[str, str] = MappingProxyType({})
+) -> Chunk:
+    """Read and decode images, in the order of the jobs. ``sent``: the result of environment.variables_to_send."""
     apply_variables(sent)
-    images, heights, errors, failures = [], [], [], []
-    names = ("uri", "mask", "center", "x", "y", "flip", "width", "height")
-    for uri, mask, center, x, y, flip, width, height in zip(*(batch[name] for name in names), strict=True):
-        draw = ImageView(0, None if center else (float(x), float(y)), bool(flip), (int(width), int(height)))
-        pixels, error, failure = None, "", ""
+    started = time.time()
+    seconds = {"read": 0.0, "decode": 0.0, "resize": 0.0}
+    images: list[np.ndarray | None] = []
+    errors: list[str] = []
+    failure = ""
+    for job, files in zip(jobs, _read_all(jobs, options, seconds), strict=True):
+        if failure := files.failure:
+            break
         try:
-            pixels, error = decode_one(
-                str(uri), draw, mask=str(mask) or None, max_pixels=max_pixels, weighted=weighted, fit=fit
-            )
-        except StorageError as storage_error:  # returned as data, since Ray would wrap an exception
-            failure = str(storage_error)
-        images.append(b"" if pixels is None else pixels.tobytes())
-        heights.append(0 if pixels is None else len(pixels))
-        errors.append(error)
-        failures.append(failure)
-    return {
-        "position": batch["position"],
-        "pixels": np.array(images, dtype=object),
-        "height": np.array(heights),
-        "error": np.array(errors, dtype=object),
-        "failure": np.array(failures, dtype=object),
-    }
+            images.append(_decode(job, files, options, seconds))
+            errors.append("")
+        except DataError as error:
+            images.append(None)
+            errors.append(str(error))
+    if failure:
+        images, errors = [], []
+    return Chunk(images, errors, failure, Times(started, time.time(), **seconds))
 
 
-def decode_one(
-    uri: str, draw: ImageView, *, mask: str | None, max_pixels: int, weighted: bool, fit: Fit | None = None
-) -> tuple[np.ndarray | None, str]:
-    """Read an image and crop it or apply ``fit``; return uint8 [H,W,C] and "", or None and why it cannot be decoded.
+def decode_one(job: DecodeJob, options: DecodeOptions) -> tuple[np.ndarray | None, str]:
+    """Read and decode one image; return uint8 [H,W,C] and "", or None and why it cannot be used.
 
     Raises StorageError if the file cannot be read: a failing disk or bucket must not change the training data.
     """
+    chunk = decode_chunk([job], options)
+    if chunk.failure:
+        raise StorageError(chunk.failure)
+    return chunk.images[0], chunk.errors[0]
+
+
+def _read_all(
+    jobs: Sequence[DecodeJob], options: DecodeOptions, seconds: dict[str, float]
+) -> Iterable[_Files]:
+    """Yield the files of each job: from a local disk one by one, from elsewhere by several threads ahead of need."""
+
+    def read(job: DecodeJob) -> _Files:
+        return _read(job, with_mask=options.weighted and options.fit is None)
+
+    if not any("://" in job.uri for job in jobs):
+        for job in jobs:
+            before = time.perf_counter()
+            files = read(job)
+            seconds["read"] += time.perf_counter() - before
+            yield files
+        return
+    with ThreadPoolExecutor(min(READERS, len(jobs)), thread_name_prefix="read") as pool:
+        coming = pool.map(read, jobs)
+        for _ in jobs:
+            before = time.perf_counter()
+            files = next(coming)
+            seconds["read"] += time.perf_counter() - before
+            yield files
+
+
+def _read(job: DecodeJob, *, with_mask: bool) -> _Files:
     try:
-        if fit is not None:
-            return np.asarray(
-                fit(open_image(read_image_file(uri), uri=uri, max_pixels=max_pixels)).convert("RGB")
-            ), ""
-        assert draw.size is not None
-        return cut_image(
-            read_image_file(uri),
-            draw,
-            uri=uri,
-            size=draw.size,
-            max_pixels=max_pixels,
-            weighted=weighted,
-            mask=read_mask(mask) if weighted and mask else None,
-        ), ""
-    except DataError as error:
-        return None, str(error)
+        return _Files(read_image_file(job.uri), read_mask(job.mask) if with_mask and job.mask else None)
+    except StorageError as error:
+        return _Files(b"", None, str(error))
+
+
+def _decode(job: DecodeJob, files: _Files, options: DecodeOptions, seconds: dict[str, float]) -> np.ndarray:
+    """Decode one image from its files. Raises DataError, also if the file is not the one that was indexed."""
+    if job.sha256 and hashlib.sha256(files.image).hexdigest() != job.sha256:
+        raise DataError(
+            f"{job.uri}: the file was replaced after it was indexed. Start the run again to index the new one"
+        )
+    before = time.perf_counter()
+    if options.fit is not None:
+        image = open_image(files.image, uri=job.uri, max_pixels=options.max_pixels)
+        decoded = time.perf_counter()
+        pixels = np.asarray(options.fit(image).convert("RGB"))
+    else:
+        assert job.view.size is not None
+        opened = open_view(
+            files.image,
+            uri=job.uri,
+            size=job.view.size,
+            resampling=options.resampling,
+            max_pixels=options.max_pixels,
+            weighted=options.weighted,
+            mask=files.mask,
+        )
+        decoded = time.perf_counter()
+        pixels = cut_opened(opened, job.view, size=job.view.size, resampling=options.resampling)
+    seconds["decode"] += decoded - before
+    seconds["resize"] += time.perf_counter() - decoded
+    return pixels

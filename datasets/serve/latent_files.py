@@ -7,7 +7,6 @@ written last and latents without keys are ignored, so the writing process may be
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.serve.encoding import Encoding
 from dreamfleet.datasets.storage.range_reader import open_ranges
 from dreamfleet.datasets.storage.storage import Storage
 
-VERSION = 2  # version of the file format and of cropping; a change invalidates existing caches
 MANIFEST, LATENTS, KEYS = "manifest.json", "latents", "keys"
 GROUP_BYTES = 2**18  # size of a row group, the unit of random reads; it has at least one image
 FOOTERS = 1024  # number of Parquet footers kept in memory, about 80 KB each
@@ -51,58 +49,21 @@ class Entry(NamedTuple):
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoding:
-    """The settings that latents depend on: the VAE's encoder, crop sizes, masks, and the stored precision."""
-
-    vae: str
-    resolution: int
-    buckets: tuple[tuple[str, Any], ...]  # the recipe's bucket options as (key, value); () without
-    alpha_mask: bool
-    precision: str
-    version: int = VERSION
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder of the latents with this encoding."""
-        text = json.dumps(self.to_json(), sort_keys=True)
-        return f"{self.resolution}px-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as they are stored in the manifest."""
-        return {**dataclasses.asdict(self), "buckets": dict(self.buckets)}
-
-    def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Return the settings that are different in a manifest, such as `resolution 512 (here 768)`."""
-        mine = self.to_json()
-        return [
-            f"{name} {_as_text(other.get(name))} (here {_as_text(value)})"
-            for name, value in mine.items()
-            if other.get(name) != value
-        ]
-
-
-def encoding_of(data: DataConfig, vae: str) -> Encoding:
-    """Return the encoding for a `data:` section and a VAE, given the hash of its encoder."""
-    names = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
-    buckets = tuple((name, getattr(data, name)) for name in names) if data.enable_bucket else ()
-    return Encoding(vae, data.resolution, buckets, data.alpha_mask, data.cache_precision)
-
-
 def find_manifests(cache: Storage) -> list[dict[str, Any]]:
     """Return all manifests in a cache. Raises DataError for a broken one."""
     return [found for name in cache.list_dirs() if (found := _manifest(cache.child(name))) is not None]
 
 
 class LatentCache:
-    """Reads the latents of one encoding; latents written after it was opened are not included."""
+    """Reads the latents of one encoding; those written after it was opened are included after :meth:`refresh`."""
 
     def __init__(self, folder: Storage, encoding: Encoding):
         self.folder, self.encoding = folder, encoding
         self.entries: dict[Key, Entry] = {}
         self._shards: list[tuple[str, int, int]] = []  # (name, size in bytes, rows per group)
         self._footers: dict[int, Any] = {}
-        self._read_keys()
+        self._seen: set[str] = set()  # names of shards whose keys were read
+        self.refresh()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -144,9 +105,12 @@ class LatentCache:
                     for position in wanted[shard]:
                         yield position, self._unpack(table, self.entries[keys[position]].row)
 
-    def _read_keys(self) -> None:
+    def refresh(self) -> None:
+        """Include latents that were written since the cache was opened, also by other processes."""
         names = [
-            name.removesuffix(".parquet") for name in self.folder.list(KEYS) if name.endswith(".parquet")
+            name.removesuffix(".parquet")
+            for name in self.folder.list(KEYS)
+            if name.endswith(".parquet") and name.removesuffix(".parquet") not in self._seen
         ]
         there = set(self.folder.list(LATENTS))
         with ThreadPoolExecutor(THREADS, thread_name_prefix="latents") as pool:
@@ -155,6 +119,7 @@ class LatentCache:
             size = int(table.schema.metadata[b"bytes"])
             if size and (f"{name}.parquet" not in there or self._is_incomplete(name, size)):
                 continue  # a file that was removed or copied partially; its images will be encoded again
+            self._seen.add(name)
             shard = len(self._shards)
             self._shards.append((name, size, int(table.schema.metadata[b"rows_per_group"])))
             for row, one in enumerate(table.to_pylist()):
@@ -292,9 +257,3 @@ def _manifest(folder: Storage) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise DataError(f"{folder.path(MANIFEST)} is not a manifest. Remove {folder.url}")
     return found
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{name}={inner}" for name, inner in value.items()) or "none"
-    return str(value)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.rng import key, numpy_rng
+from dreamfleet.datasets.shard_order import shard_numbers
 
 
 def test_key_is_stable_and_distinguishes_parts() -> None:
@@ -140,6 +141,53 @@ def test_keyed_rng_does_not_depend_on_earlier_draws() -> None:
     first = numpy_rng("crop", 1).random(3)
     numpy_rng("crop", 2).random(100)
     assert (numpy_rng("crop", 1).random(3) == first).all()
+
+
+def sharded_plan(window: int, *, seed: int = 0) -> BatchPlan:
+    return BatchPlan(
+        [0] * 4000,
+        seed=seed,
+        global_batch=8,
+        shards=[row // 100 for row in range(4000)],
+        shuffle_window=window,
+    )
+
+
+def test_a_sharded_epoch_uses_every_image_once_and_few_shards_at_a_time():
+    for window in (1, 200, 1000):
+        plan = sharded_plan(window)
+        for epoch in range(2):
+            rows = [draw.row for step in range(500 * epoch, 500 * (epoch + 1)) for draw in plan.draws(step)]
+            assert sorted(rows) == list(range(4000))
+            places: dict[int, list[int]] = {}
+            for place, row in enumerate(rows):
+                places.setdefault(row // 100, []).append(place)
+            spans = [max(found) - min(found) for found in places.values()]
+            assert max(spans) <= 100 + 2 * window
+            mixed = [len({row // 100 for row in rows[at : at + 200]}) for at in range(0, 4000, 200)]
+            assert max(mixed) <= (200 + 2 * window) // 100 + 2
+            assert window == 1 or sum(mixed) / len(mixed) > window / 100  # the shards are mixed
+
+
+def test_sharded_epochs_differ_and_resume_anywhere():
+    first, again = sharded_plan(300), sharded_plan(300)
+    steps = [3, 499, 500, 777]
+    expected = {step: first.draws(step) for step in sorted(steps)}
+    assert all(again.draws(step) == expected[step] for step in reversed(steps))
+    assert again.draws(3, unit=1, num_units=4) == expected[3][2:4]
+    assert [draw.row for draw in first.draws(0)] != [draw.row for draw in first.draws(500)]
+    assert first.draws(0) != sharded_plan(300, seed=1).draws(0)
+
+
+def test_images_of_one_file_have_one_shard_number():
+    uris = [
+        "tar://s3://b/0.tar#512-900",
+        "s3://b/x.jpg",
+        "tar://s3://b/1.tar#0-9",
+        "edited://0,0,5,5/tar://s3://b/0.tar#0-9",
+    ]
+    numbers = shard_numbers(uris).tolist()
+    assert numbers[0] == numbers[3] and len(set(numbers)) == 3
 
 
 @given(

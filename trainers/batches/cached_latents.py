@@ -14,15 +14,16 @@ from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index.index import BadFile, Index
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.serve.cache import jobs_of, missing_from
+from dreamfleet.datasets.serve.encoding import Encoding, encoding_of
 from dreamfleet.datasets.serve.latent_files import (
-    Encoding,
     Key,
     LatentCache,
-    encoding_of,
     find_manifests,
     open_cache,
+    write_manifest,
 )
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.batches.filling_latents import FillingLatents
 from dreamfleet.trainers.batches.sources import Images, ResidentLatents, Shown, load_images
 from dreamfleet.trainers.batches.vae_encoding import Encoded
 from dreamfleet.trainers.distributed.context import DistributedContext
@@ -50,13 +51,16 @@ class CachedLatents:
 def open_latents(data: DataConfig, model: DiffusionModel) -> LatentCache | None:
     """Open the cache of ``data.cache_dir``; return None without that key.
 
-    Raises DataError if the cache has no latents, or none that were encoded with this run's settings.
+    Raises DataError if the cache has no latents, or none that were encoded with this run's settings; with
+    ``data.cache: while_training`` the run will add them.
     """
     if data.cache_dir is None:
         return None
     cache, encoding = Storage(data.cache_dir), encoding_of(data, model.encoder_hash)
+    if data.cache == "while_training":
+        write_manifest(cache, encoding)
     found = open_cache(cache, encoding)
-    if not found.entries:
+    if not found.entries and data.cache != "while_training":
         raise DataError(_why_nothing(cache, encoding))
     return found
 
@@ -94,7 +98,14 @@ def serve_images(
         return load_images(index, model, data, seed=seed, distributed=distributed)
     jobs = jobs_of(index, data)
     # Each rank opened the cache by itself, and another command may have added images in between.
-    if missing := max(distributed.gather(missing_from(cache, jobs)), key=len):
+    shown = Shown(index, data, seed)
+    missing = max(distributed.gather(missing_from(cache, jobs)), key=len)
+    if missing and data.cache == "while_training":
+        if distributed.is_main:
+            log.info("the cache lacks %d of %d encodings: this run adds them", len(missing), len(jobs))
+        keeps = not reads_lazily(index, model, data, shown)
+        return FillingLatents(cache, index, shown, model, keys=keys_of(index, data), keeps=keeps)
+    if missing:
         summary = (
             f"{len(missing)} of {len(jobs)} encodings are not in the cache {cache.folder.url}, for example of "
             f"{missing[0].uri}"
@@ -108,7 +119,6 @@ def serve_images(
             "written. Run "
             "`dreamfleet data cache RECIPE`, which encodes only these, or remove data.cache_dir from the recipe"
         )
-    shown = Shown(index, data, seed)
     if reads_lazily(index, model, data, shown):
         return CachedLatents(cache, index, shown)
     return ResidentLatents(distributed.on_every_rank(lambda: _load(cache, index, data)), shown)

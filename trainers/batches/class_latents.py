@@ -8,7 +8,8 @@ import logging
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.serve.cache import encode_shards, jobs_of, make_shards, missing_from
-from dreamfleet.datasets.serve.latent_files import LatentCache, encoding_of, open_cache, write_manifest
+from dreamfleet.datasets.serve.encoding import encoding_of
+from dreamfleet.datasets.serve.latent_files import LatentCache, open_cache, write_manifest
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.cached_latents import keys_of
 from dreamfleet.trainers.batches.vae_encoding import encode_all

@@ -14,7 +14,7 @@ from dreamfleet.datasets.index.index import BadFile, Index
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.rng import numpy_rng
 from dreamfleet.trainers.batches.plan_share import PlanShare, prepare_ahead
-from dreamfleet.trainers.batches.sources import Images, ResidentLatents, StreamedPixels
+from dreamfleet.trainers.batches.sources import FollowsPlan, Images, ResidentLatents
 from dreamfleet.trainers.config.noise import NoiseConfig
 from dreamfleet.trainers.distributed.device import copy_to_device
 from dreamfleet.trainers.methods.base import Batch, Sample
@@ -95,7 +95,7 @@ class Feed:
         Unless all latents are resident, a thread prepares up to ``ahead`` batches in advance.
         """
         for half, (_, images) in enumerate(self._halves):
-            if isinstance(images, StreamedPixels):
+            if isinstance(images, FollowsPlan):
                 images.follow(self.share.all_draws(start_step, stop_step, classes=half > 0))
         positions = self.share.positions(start_step, stop_step)
         if all(isinstance(images, ResidentLatents) for _, images in self._halves):
@@ -111,8 +111,17 @@ class Feed:
         """Images that this rank could not decode so far."""
         return [bad for images in self._streams() for bad in images.bad]
 
-    def _streams(self) -> list[StreamedPixels]:
-        return [images for _, images in self._halves if isinstance(images, StreamedPixels)]
+    @property
+    def waits(self) -> dict[str, float]:
+        """Seconds that this rank has waited for streamed images, by cause; {} if none are streamed."""
+        waits: dict[str, float] = {}
+        for images in self._streams():
+            for cause, seconds in images.waits.items():
+                waits[cause] = waits.get(cause, 0.0) + seconds
+        return waits
+
+    def _streams(self) -> list[FollowsPlan]:
+        return [images for _, images in self._halves if isinstance(images, FollowsPlan)]
 
     def _close_streams(self) -> None:
         for images in self._streams():

@@ -37,7 +37,7 @@ class ImageReader:
 class ImageFeed:
     """The batches of one worker, in the plan's order. Only the next few are in memory, for any size of the set.
 
-    Images are decoded by this worker, or with ``data.source: stream`` by Ray Data on the cluster's CPUs,
+    Images are decoded by this worker, or with ``data.source: stream`` by Ray tasks on the cluster's CPUs,
     which also apply the method's :attr:`~ImageMethod.fit`, such as shrinking.
     """
 
@@ -47,6 +47,7 @@ class ImageFeed:
         self._read = ImageReader(instances, max_pixels=data.max_pixels)
         self._shown = Shown(instances, data, share.plan.seed)
         self._undecodable: dict[str, str] = {}
+        self._waits: dict[str, float] = {}
 
     @property
     def bad(self) -> list[BadFile]:
@@ -55,6 +56,11 @@ class ImageFeed:
             BadFile(uri, reason.removeprefix(f"{uri}: ")) for uri, reason in sorted(self._undecodable.items())
         ]
 
+    @property
+    def waits(self) -> dict[str, float]:
+        """Seconds that this rank has waited for streamed images, by cause; {} if none are streamed."""
+        return self._waits
+
     def batch(self, step: int, unit: int = 0) -> Batch:
         """Return the batch of one unit of a step, on the CPU: the method's tensors, and ``num_instances``."""
         return self._see([(draw, self._read(draw.row)) for draw in self.share.draws(step, unit)])
@@ -62,7 +68,7 @@ class ImageFeed:
     def stream(self, start_step: int, stop_step: int | None = None, *, ahead: int = 4) -> Iterator[Batch]:
         """Yield this worker's batches of the steps ``start_step`` to ``stop_step`` (None: endless).
 
-        A thread prepares up to ``ahead`` batches in advance; with ``data.source: stream`` Ray Data reads
+        A thread prepares up to ``ahead`` batches in advance; with ``data.source: stream`` Ray tasks read
         ahead.
         """
         positions = self.share.positions(start_step, stop_step)
@@ -74,9 +80,14 @@ class ImageFeed:
         data, draws = self.data, self.share.all_draws(start_step, stop_step)
         views = (ImageView(draw.row, None, False) for draw in draws)
         with ImageStream(
-            self.instances, views, resolution=data.resolution, max_pixels=data.max_pixels, fit=self.method.fit
+            self.instances,
+            views,
+            resolution=data.resolution,
+            resampling=data.image_interpolation_mode,
+            max_pixels=data.max_pixels,
+            fit=self.method.fit,
         ) as images:
-            self._undecodable = images.bad
+            self._undecodable, self._waits = images.bad, images.waits
             for position in positions:
                 found = []
                 for draw in self.share.draws(*position):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.images.images import place_target
 from dreamfleet.datasets.images.masks import ImageView, cut_image
+from dreamfleet.datasets.images.resampling import place_target
 from dreamfleet.datasets.index.index import BadFile, Index
 from dreamfleet.datasets.index.sources import read_image_file, read_mask
 from dreamfleet.datasets.plan import Draw
@@ -37,6 +37,29 @@ class Images(Protocol):
         the same size. ``rows`` ``[B]`` are the index rows of the images, if some may replace undecodable
         images.
         """
+        ...
+
+
+@runtime_checkable
+class FollowsPlan(Protocol):
+    """Interface of a source that looks ahead along the draws of the feed."""
+
+    @property
+    def bad(self) -> list[BadFile]:
+        """Images that could not be decoded so far; others were used in their place."""
+        ...
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """Seconds that were waited for images so far, by cause."""
+        ...
+
+    def follow(self, draws: Iterable[Draw]) -> None:
+        """Start to look ahead along these draws; ``take`` must then be called for exactly these."""
+        ...
+
+    def close(self) -> None:
+        """Stop looking ahead."""
         ...
 
 
@@ -113,6 +136,7 @@ class ResidentPixels:
                 self.shown.of(draw),
                 uri=self.uris[draw.row],
                 size=data.resolution,
+                resampling=data.image_interpolation_mode,
                 max_pixels=data.max_pixels,
                 weighted=data.alpha_mask,
                 mask=self.masks[draw.row],
@@ -123,7 +147,7 @@ class ResidentPixels:
 
 
 class StreamedPixels:
-    """Images decoded by Ray Data on the cluster's CPUs, for sets too large for one worker's memory.
+    """Images decoded by Ray tasks on the cluster's CPUs, for sets too large for one worker's memory.
 
     The stream receives all future draws in advance and delivers images in that order. Without a stream (in a
     dry run), images are decoded in this process.
@@ -138,7 +162,7 @@ class StreamedPixels:
         """Start to read ahead along these draws; :meth:`take` must then be called for exactly these."""
         from dreamfleet.datasets.serve.stream import ImageStream
 
-        def announce() -> Iterator[ImageView]:  # runs in the stream's thread
+        def announce() -> Iterator[ImageView]:
             for draw in draws:
                 self._announced.append(draw)
                 yield self.shown.of(draw)
@@ -148,6 +172,7 @@ class StreamedPixels:
             self.index,
             announce(),
             resolution=data.resolution,
+            resampling=data.image_interpolation_mode,
             max_pixels=data.max_pixels,
             weighted=data.alpha_mask,
         )
@@ -169,6 +194,11 @@ class StreamedPixels:
         """Images that could not be decoded so far; others were used in their place."""
         found = self._stream.bad if self._stream is not None else {}
         return [BadFile(uri, reason.removeprefix(f"{uri}: ")) for uri, reason in sorted(found.items())]
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """Seconds that were waited for images so far, by cause."""
+        return self._stream.waits if self._stream is not None else {}
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.images.images import fit_image, open_image, to_tensor_range
+from dreamfleet.datasets.images.images import to_tensor_range
 from dreamfleet.datasets.images.masks import ImageView, cut_image, loss_weights
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.index.sources import read_image_file, read_mask
@@ -136,6 +136,7 @@ def read_cut(index: Index, draw: ImageView, data: DataConfig, *, enlarged: float
         draw._replace(size=(wide, high)),
         uri=row.uri,
         size=data.resolution,
+        resampling=data.image_interpolation_mode,
         max_pixels=data.max_pixels,
         weighted=data.alpha_mask,
         mask=read_mask(row.mask) if data.alpha_mask and row.mask else None,
@@ -146,7 +147,11 @@ def read_cut(index: Index, draw: ImageView, data: DataConfig, *, enlarged: float
 
 def to_tensors(cuts: Sequence[np.ndarray], *, cell: int) -> dict[str, Tensor]:
     """Stack results of :func:`read_cut`: ``pixels`` ``[B, 3, H, W]`` and, if weighted, ``mask`` ``[B, 1, h, w]``."""
-    tensors = {"pixels": torch.stack([torch.from_numpy(to_tensor_range(cut[..., :3])) for cut in cuts])}
+    height, width = cuts[0].shape[:2]
+    pixels = np.empty((len(cuts), 3, height, width), np.float32)
+    for cut, out in zip(cuts, pixels, strict=True):
+        to_tensor_range(cut[..., :3], out=out)
+    tensors = {"pixels": torch.from_numpy(pixels)}
     if cuts[0].shape[-1] == 4:
         tensors["mask"] = torch.stack([torch.from_numpy(loss_weights(cut[..., 3], cell)) for cut in cuts])
     return tensors
@@ -154,5 +159,13 @@ def to_tensors(cuts: Sequence[np.ndarray], *, cell: int) -> dict[str, Tensor]:
 
 def read_pixels(uri: str, data: DataConfig) -> np.ndarray:
     """Read the centre crop of one image, ``data.resolution`` squared: float32 ``[3, H, W]`` in [-1, 1]."""
-    image = open_image(read_image_file(uri), uri=uri, max_pixels=data.max_pixels)
-    return to_tensor_range(fit_image(image, data.resolution))
+    return to_tensor_range(
+        cut_image(
+            read_image_file(uri),
+            ImageView(0),
+            uri=uri,
+            size=data.resolution,
+            resampling=data.image_interpolation_mode,
+            max_pixels=data.max_pixels,
+        )
+    )

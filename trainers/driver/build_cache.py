@@ -16,7 +16,8 @@ from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import Index, log_left_out
 from dreamfleet.datasets.index.sets import load_class_images, load_sets
 from dreamfleet.datasets.serve.cache import Pool, encode_shards, jobs_of, make_shards, missing_from
-from dreamfleet.datasets.serve.latent_files import encoding_of, open_cache, write_manifest
+from dreamfleet.datasets.serve.encoding import encoding_of
+from dreamfleet.datasets.serve.latent_files import open_cache, write_manifest
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.vae_encoding import encode_all
 from dreamfleet.trainers.config.model import ModelConfig

@@ -106,10 +106,11 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
     require_runnable(recipe.train, recipe.optimizer)
     require_codecs(recipe.train.export_formats or ())
     recipe.with_deepspeed_file()
-    if recipe.data.cache_dir and not find_manifests(Storage(recipe.data.cache_dir)):
+    fills = recipe.data.cache == "while_training"
+    if recipe.data.cache_dir and not fills and not find_manifests(Storage(recipe.data.cache_dir)):
         raise DataError(
             f"data.cache_dir {recipe.data.cache_dir} holds no latents yet: run `dreamfleet data cache RECIPE` first, "
-            "or leave data.cache_dir out"
+            "set data.cache: while_training, or leave data.cache_dir out"
         )
     if all(_is_small(concept.instance_data_dir) for concept in load_concepts(recipe.data)):
         load_sets(recipe.data, verify=False, known=known_files(recipe.data), excluded=recipe.excluded_folders)

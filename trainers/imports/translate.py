@@ -127,6 +127,13 @@ def _complete(draft: Draft, document: Document) -> None:
             Effect.BLOCKS,
             "the config names no folder of images: set data.instance_data_dir",
         )
+    if "model.pretrained_model_name_or_path" not in draft.lines:
+        reason = "the config names no model: set model.pretrained_model_name_or_path; by default it is the pocket model"
+        draft.leave("(model)", None, Effect.BLOCKS, reason)
+    weight = draft.lines.get("train.snr_gamma")
+    if weight is not None and draft.get("model.prediction_type") == "v_prediction":
+        note = "min(SNR, gamma) / (SNR + 1) for v-prediction, as there"
+        draft.replace(weight.key, weight.value, source=weight.source, note=note, is_default=weight.is_default)
     if "output_dir" not in draft.lines:
         name = os.path.splitext(os.path.basename(document.path))[0].strip(" #-") or "imported"
         draft.put("output_dir", f"runs/{name.replace(' ', '-')}", source="", note="the config names none")

@@ -51,7 +51,7 @@ def report_lines(
 
 
 def _named(entry: LeftOut) -> str:
-    return f"{entry.key}: {_shown(entry.value)}"
+    return entry.key if entry.value is None else f"{entry.key}: {_shown(entry.value)}"
 
 
 def _shown(value: Any) -> str:

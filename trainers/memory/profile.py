@@ -191,7 +191,7 @@ def make_batch(recipe: Recipe, method: DiffusionMethod) -> Batch:
         "weights": torch.ones(num),
         "num_instances": count,
     }
-    if not _caches_latents(recipe):
+    if not _caches_latents(recipe) or recipe.data.cache == "while_training":
         with torch.no_grad():
             mean, std = model.encode_images(torch.empty(num, 3, *[recipe.data.resolution] * 2))
             batch["latents"] = mean + std

@@ -33,6 +33,14 @@ from dreamfleet.trainers.report.timeline_view import TimelineView, lay_out_timel
 log = logging.getLogger(__name__)
 MOST_GRIDS = 16
 ACCURACY = "accuracy/"  # prefix of the keys of class accuracies; followed by the name of the class
+# cause of a wait for streamed images (CAUSES in datasets/serve/stream.py) -> its name in the report
+BOTTLENECKS = {
+    "cpu": "a free CPU",
+    "read": "reading files",
+    "decode": "decoding",
+    "resize": "resizing",
+    "transport": "transport between machines",
+}
 # (file name in exports/, run_name=, recipe=) -> an object with `what` and `uses`, each of a `program` and a `text`.
 Describe = Callable[..., Any]
 
@@ -158,8 +166,15 @@ def _figures(folder: RunFolder) -> list[tuple[str, str, str]]:
     if _is_number(memory := figures.get("peak_memory_bytes")):
         cards.append(("peak memory", formatting.size(memory), "of one worker"))
     if _is_number(wait := figures.get("data_wait_fraction")):
-        cards.append(("waiting for data", formatting.share(wait), "of training time"))
+        cards.append(("waiting for data", formatting.share(wait), f"of training time{_bottleneck(folder)}"))
     return cards
+
+
+def _bottleneck(folder: RunFolder) -> str:
+    """Return what the stream of images has waited for most of the time; "" if nothing was streamed."""
+    waits = {BOTTLENECKS.get(name): value for name, value in (_get(folder.summary, "data_waits") or {}).items()}
+    known = {name: value for name, value in waits.items() if name and _is_number(value) and value > 0}
+    return f"; mostly for {max(known, key=lambda name: known[name])}" if known else ""
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

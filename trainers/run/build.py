@@ -17,6 +17,7 @@ from dreamfleet.datasets.index.sets import Sets, load_sets
 from dreamfleet.datasets.path_field import by_key
 from dreamfleet.datasets.plan import BatchPlan
 from dreamfleet.datasets.serve.latent_files import LatentCache
+from dreamfleet.datasets.shard_order import shard_numbers
 from dreamfleet.trainers.batches.build import build_feed
 from dreamfleet.trainers.batches.cached_latents import leave_out_bad, open_latents
 from dreamfleet.trainers.batches.class_images import gather_class_images
@@ -228,6 +229,8 @@ def make_plan(
         repeats=instances.uses(),
         buckets=number_buckets(sizes),
         class_concepts=classes.column("concept") if classes is not None else (),
+        shards=shard_numbers(instances.column("uri")) if recipe.data.shuffle == "shards" else None,
+        shuffle_window=recipe.data.shuffle_window,
     )
 
 

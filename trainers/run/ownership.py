@@ -30,6 +30,7 @@ from dreamfleet.trainers.run.lease import (
     this_process,
 )
 
+RELEASE_SECONDS = 20.0  # for the last write of a command whose run has ended
 QUIET_SECONDS = 60.0  # between two warnings about failed renewals
 
 log = logging.getLogger(__name__)
@@ -127,15 +128,31 @@ def hold(
             yield ownership
         finally:
             ownership.stop()
-            # Errors: the bucket cannot be reached, or the folder was taken over.
-            with contextlib.suppress(UserError, RunFailed, OSError):
-                if is_left_over(folder):
-                    file.remove(ownership.owner.id)
-                else:
-                    ownership.release()
+            _within(RELEASE_SECONDS, lambda: _end(ownership, is_left_over), folder)
     finally:
         if is_new:
             _remove_unused(Path(folder.path()))
+
+
+def _end(ownership: Ownership, is_left_over: Callable[[Storage], bool]) -> None:
+    # Errors: the bucket cannot be reached, or the folder was taken over.
+    with contextlib.suppress(UserError, RunFailed, OSError):
+        if is_left_over(ownership.file.folder):
+            ownership.file.remove(ownership.owner.id)
+        else:
+            ownership.release()
+
+
+def _within(seconds: float, end: Callable[[], None], folder: Storage) -> None:
+    """Call ``end`` in a thread, and wait for at most ``seconds``: a command does not outlast its run for a lease."""
+    thread = threading.Thread(target=end, daemon=True, name="lease-release")
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        log.warning(
+            "the lease of %s is not released, since its storage does not answer: it expires by itself",
+            folder.url,
+        )
 
 
 def _has_conditions(folder: Storage, say: Callable[[str], None]) -> bool:

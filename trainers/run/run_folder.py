@@ -86,10 +86,16 @@ def open_run_folder(recipe: Recipe, *, resume: bool, continues: bool = False) ->
     run = Storage(recipe.output_dir)
     if not is_resumed(recipe, RECIPE_FILE, what="run", resume=resume, continues=continues):
         return run
-    before = yaml.safe_load(run.read_text(RECIPE_FILE))["method"]["name"]
-    if before != recipe.method.name:
+    before = yaml.safe_load(run.read_text(RECIPE_FILE))
+    name, data = before["method"]["name"], before.get("data") or {}
+    if "image_interpolation_mode" not in data and recipe.data.image_interpolation_mode != "lanczos":
+        logger.warning(
+            "this run began with a version that resized images with plain Lanczos; set data.image_interpolation_mode: "
+            "lanczos to continue with the same pixels"
+        )
+    if name != recipe.method.name:
         raise CheckpointError(
-            f"output_dir {recipe.output_dir} holds a run of {before}, and this recipe is for {recipe.method.name}; "
+            f"output_dir {recipe.output_dir} holds a run of {name}, and this recipe is for {recipe.method.name}; "
             f"use another output_dir"
         )
     return run

@@ -40,6 +40,8 @@ class Summary:
     base_model_hash: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     engine: str = ""
+    #: seconds that rank 0 has waited for streamed images, by cause (CAUSES in datasets/serve/stream.py)
+    data_waits: dict[str, float] = field(default_factory=dict)
     timeline: dict[str, Any] = field(default_factory=dict)  # Timeline.summary; empty for runs without events
 
 
@@ -68,6 +70,7 @@ def summarise(parts: Parts, outcome: Outcome, checkpointing: Checkpointing, engi
             bad._asdict()
             for bad in distributed.all_gather_unique([*parts.sets.instances.bad, *parts.feed.bad])
         ],
+        data_waits=parts.feed.waits,
         dataset_hash=parts.sets.instances.content_hash,
         base_model=base.name,
         base_model_hash=base.content_hash,

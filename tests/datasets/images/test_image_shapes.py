@@ -16,7 +16,8 @@ from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.crops import Cutting, draw_cut, plan_cuts
-from dreamfleet.datasets.images.images import MOST_RESIZED, fit_image, place_target, resize_and_crop
+from dreamfleet.datasets.images.images import fit_image
+from dreamfleet.datasets.images.resampling import MOST_RESIZED, place_target, resize_and_crop
 from dreamfleet.datasets.images.vision_transform import Fitting
 from dreamfleet.datasets.index.sets import load_sets
 from dreamfleet.trainers.models.vision.wd_tagger import square_of

@@ -47,7 +47,9 @@ def test_weights_have_mean_one_and_are_aligned_with_the_image(
     # 3 x 2 cells of 8 x 8 pixels, one opacity each. The webui computes NaN if all opacities are equal.
     cells = np.array(alpha if not same else alpha[:1] * 6).reshape(2, 3)
     data = with_alpha(cells.repeat(8, 0).repeat(8, 1))
-    cut = cut_image(data, ImageView(0, flip=flip, size=(24, 16)), uri="a", size=1, weighted=True)
+    cut = cut_image(
+        data, ImageView(0, flip=flip, size=(24, 16)), uri="a", size=1, resampling="lanczos", weighted=True
+    )
     weights = loss_weights(cut[..., 3], 8)
     assert weights.shape == (1, 2, 3) and weights.dtype == np.float32
     assert weights.mean() == pytest.approx(1.0)
@@ -70,6 +72,7 @@ def test_a_mask_of_any_size_is_cropped_like_its_image() -> None:
             ImageView(0, (x, 0.0)),
             uri="a",
             size=32,
+            resampling="lanczos",
             weighted=True,
             mask=Mask(png(Image.fromarray(mask))),
         )
@@ -82,6 +85,7 @@ def test_a_mask_of_any_size_is_cropped_like_its_image() -> None:
         ImageView(0),
         uri="a",
         size=8,
+        resampling="lanczos",
         weighted=True,
         mask=Mask(with_alpha(np.zeros((8, 8)))),
     )
@@ -95,6 +99,7 @@ def test_weights_of_attention_maps_are_those_of_dreamartist() -> None:
         ImageView(0, size=(40, 8)),
         uri="a",
         size=1,
+        resampling="lanczos",
         weighted=True,
         mask=Mask(png(Image.fromarray(grey)), is_attention=True),
     )

@@ -21,7 +21,8 @@ from dreamfleet.datasets.errors import DataError, RecipeError, StorageError, Use
 from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import build_index
 from dreamfleet.datasets.serve.cache import encode_shards, jobs_of, make_shards
-from dreamfleet.datasets.serve.latent_files import encoding_of, open_cache, write_manifest
+from dreamfleet.datasets.serve.encoding import encoding_of
+from dreamfleet.datasets.serve.latent_files import open_cache, write_manifest
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.cached_latents import CachedLatents
 from dreamfleet.trainers.batches.plan_share import PlanShare
@@ -456,7 +457,11 @@ def cuts_of(jobs: Sequence[Any]) -> list[np.ndarray]:
 
     return [
         cut_image(
-            Path(job.uri).read_bytes(), ImageView(0, None, job.flip, job.size), uri=job.uri, size=job.size
+            Path(job.uri).read_bytes(),
+            ImageView(0, None, job.flip, job.size),
+            uri=job.uri,
+            size=job.size,
+            resampling="scaled_lanczos",
         )
         for job in jobs
     ]

@@ -17,7 +17,8 @@ from dreamfleet.datasets.errors import DataError, RunFailed, UserError
 from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import build_index
 from dreamfleet.datasets.serve.cache import Pool, encode_shards, jobs_of, make_shards
-from dreamfleet.datasets.serve.latent_files import LatentCache, encoding_of, open_cache, write_manifest
+from dreamfleet.datasets.serve.encoding import encoding_of
+from dreamfleet.datasets.serve.latent_files import LatentCache, open_cache, write_manifest
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.driver.build_cache import VaeEncoder, cache_latents
 from dreamfleet.trainers.models.family import load_model

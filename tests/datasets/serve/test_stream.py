@@ -5,14 +5,16 @@ import time
 
 import numpy as np
 import pytest
+from faulty_proxy import faulty_proxy
 from image_files import image, put
 from servers import s3_server  # noqa: F401  (a fixture)
 
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images.images import fit_image, open_image
+from dreamfleet.datasets.images.masks import ImageView
 from dreamfleet.datasets.index.index import Index, build_index
-from dreamfleet.datasets.serve.decode_job import decode_batch
-from dreamfleet.datasets.serve.stream import READY_BYTES, WINDOW, ImageStream, ImageView, queue_length
+from dreamfleet.datasets.serve.decode_job import DecodeJob, DecodeOptions, Times, decode_chunk
+from dreamfleet.datasets.serve.stream import AHEAD_BYTES, ImageStream
 from dreamfleet.datasets.storage.storage import Storage, read_uri
 
 SIDE = 16
@@ -36,38 +38,27 @@ def directly(index: Index, draw: ImageView, row: int | None = None) -> np.ndarra
     return fit_image(opened, SIDE, center=draw.crop is None, crop_key=draw.crop, flip=draw.flip)
 
 
-def test_a_batch_is_decoded_without_ray(tmp_path):
+def test_a_chunk_is_decoded_without_ray(tmp_path):
     for seed in range(2):
         put(tmp_path, f"{seed}.png", image(seed, size=(40, 30)))
     put(tmp_path, "cut.png", image(5, size=(90, 90))[:2000])
     index = build_index(str(tmp_path), verify=False)
-    batch = {
-        "position": np.arange(3),
-        "uri": np.array(index.column("uri"), dtype=object),
-        "center": np.array([True, False, True]),
-        "x": np.array([0.0, 0.9, 0.0]),
-        "y": np.array([0.0, 0.1, 0.0]),
-        "flip": np.array([False, True, False]),
-        "mask": np.array(["", "", ""], dtype=object),
-        "width": np.full(3, SIDE),
-        "height": np.full(3, SIDE),
-    }
-    got = decode_batch(batch, max_pixels=10_000)
-    for row, error in enumerate(got["error"]):
-        if "cut.png" in index.row(row).uri:
-            assert "truncated" in error
+    views = [ImageView(row, (0.9, 0.1) if row == 1 else None, row == 1, (SIDE, SIDE)) for row in range(3)]
+    jobs = [DecodeJob(row.uri, row.sha256, None, view) for row, view in zip(index.rows(), views, strict=True)]
+    options = DecodeOptions("lanczos", max_pixels=10_000)
+    got = decode_chunk(jobs, options)
+    assert got.failure == "" and got.times.decode > 0
+    for job, pixels, error in zip(jobs, got.images, got.errors, strict=True):
+        if "cut.png" in job.uri:
+            assert pixels is None and "truncated" in error
         else:
             assert error == ""
-            draw = ImageView(row, (0.9, 0.1) if row == 1 else None, row == 1)
-            pixels = np.frombuffer(got["pixels"][row], np.uint8).reshape(SIDE, SIDE, 3)
-            np.testing.assert_array_equal(pixels, directly(index, draw))
-
-
-def test_the_queue_of_decoded_images_is_limited_in_bytes():
-    assert queue_length((64, 64), WINDOW) == WINDOW
-    for side in (512, 1024, 4096):
-        assert 0.9 * READY_BYTES < queue_length((side, side), WINDOW) * side * side * 4 <= READY_BYTES
-    assert queue_length((16384, 16384), WINDOW) == 1
+            np.testing.assert_array_equal(pixels, directly(index, job.view))
+    replaced = decode_chunk([jobs[0], jobs[1]._replace(sha256=jobs[0].sha256)], options)
+    assert replaced.images[1] is None and replaced.images[0] is not None
+    assert jobs[1].uri in replaced.errors[1] and "replaced after it was indexed" in replaced.errors[1]
+    missing = decode_chunk([jobs[0], jobs[1]._replace(uri=str(tmp_path / "none.png"))], options)
+    assert "does not exist" in missing.failure and missing.images == []
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +89,7 @@ class TestOnRay:
             folder.write_bytes(f"{seed}.png", image(seed, size=(20 + seed, 40)))
         index = build_index(folder)
         draws = random_draws(index, 100)
-        with ImageStream(index, draws, resolution=SIDE, window=40) as stream:
+        with ImageStream(index, draws, resolution=SIDE, resampling="lanczos", window=40) as stream:
             got = list(stream)
         assert len(got) == 100
         for pixels, draw in zip(got, draws, strict=True):
@@ -114,7 +105,7 @@ class TestOnRay:
         index = build_index(folder, verify=False)
         bad = {row for row in range(7) if index.row(row).uri.endswith(("10.png", "11.png"))}
         draws = random_draws(index, 60)
-        with ImageStream(index, draws, resolution=SIDE, window=20) as stream:
+        with ImageStream(index, draws, resolution=SIDE, resampling="lanczos", window=20) as stream:
             got = [(pixels, stream.row) for pixels in stream]
         for (pixels, reported), draw in zip(got, draws, strict=True):
             row = draw.row
@@ -136,12 +127,108 @@ class TestOnRay:
                 last[0] = next(taken)
                 yield ImageView(0)
 
-        with ImageStream(build_index(folder), endless(), resolution=SIDE, window=16) as stream:
+        with ImageStream(
+            build_index(folder), endless(), resolution=SIDE, resampling="lanczos", window=16
+        ) as stream:
             for _ in range(20):
                 assert next(stream).shape == (SIDE, SIDE, 3)
             time.sleep(0.5)
             assert last[0] < 20 + 3 * 16
-        assert not stream._thread.is_alive()
+        assert list(stream) == []  # closed
+
+    def test_decoded_images_are_limited_in_bytes(self, folder):
+        folder.write_bytes("a.png", image(0))
+        draws = [ImageView(0, size=(2048, 2048))] * 200
+        with ImageStream(build_index(folder), draws, resolution=SIDE, resampling="lanczos") as stream:
+            assert AHEAD_BYTES <= sum(pending.num_bytes for pending in stream._pending) < 1.2 * AHEAD_BYTES
+
+    def test_a_slow_chunk_delays_only_its_own_images(self, tmp_path):
+        for seed in range(3):
+            put(tmp_path, f"{seed}.png", image(seed, size=(30, 30)))
+        index, first, later = build_index(str(tmp_path)), tmp_path / "first", tmp_path / "later"
+
+        def fit(opened):
+            if first.exists():
+                later.touch()
+                return opened
+            first.touch()
+            for _ in range(600):  # the first chunk ends only after another one has begun
+                if later.exists():
+                    return opened
+                time.sleep(0.1)
+            raise AssertionError("no other chunk is decoded meanwhile")
+
+        draws = [ImageView(row) for row in [0, *[1, 2] * 40]]
+        with ImageStream(index, draws, resolution=SIDE, resampling="lanczos", fit=fit, window=16) as stream:
+            assert [stream.row for _ in stream] == [draw.row for draw in draws]
+
+
+def test_a_wait_is_attributed_to_what_happened_meanwhile(local_ray, tmp_path):
+    put(tmp_path, "a.png", image(0))
+    with ImageStream(build_index(str(tmp_path)), [], resolution=SIDE, resampling="lanczos") as stream:
+        times = Times(started=102.0, ended=110.0, read=1.0, decode=2.0, resize=1.0)
+        stream._count_wait(times, 100.0, 101.0, 113.0)
+        assert stream.waits == {"cpu": 1.0, "read": 2.0, "decode": 4.0, "resize": 2.0, "transport": 3.0}
+        stream._count_wait(times, 100.0, 120.0, 120.5)  # it was ready before
+        assert stream.waits["transport"] == 3.5 and stream.waits["decode"] == 4.0
+
+
+@pytest.mark.cluster
+@pytest.mark.s3
+class TestFailingBucket:
+    """Test streams from a bucket behind a proxy that lets reads of objects fail."""
+
+    @pytest.fixture
+    def index(self, local_ray, s3_server, monkeypatch):  # noqa: F811
+        s3_server.set_environment(monkeypatch)
+        folder = Storage(s3_server.new_folder())
+        for seed in range(8):
+            folder.write_bytes(f"{seed}.png", image(seed, size=(20 + seed, 40)))
+        return build_index(folder)
+
+    def test_slow_cut_and_refused_reads_change_nothing(self, index, s3_server, monkeypatch):  # noqa: F811
+        def rule(name, earlier, total):
+            return ("busy", "cut", "slow", "")[int(name[0]) % 4] if earlier == 0 else ""
+
+        draws = random_draws(index, 40)
+        expected = [directly(index, draw) for draw in draws]
+        with faulty_proxy(s3_server.endpoint, rule) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            with ImageStream(index, draws, resolution=SIDE, resampling="lanczos") as stream:
+                for pixels, wanted in zip(stream, expected, strict=True):
+                    np.testing.assert_array_equal(pixels, wanted)
+        assert min(proxy.faults[fault] for fault in ("busy", "cut", "slow")) == 2
+        assert stream.bad == {} and stream.replaced == 0
+        assert stream.waits["read"] > 0.5
+
+    def test_a_lost_permission_ends_the_stream_with_its_reason(self, index, s3_server, monkeypatch):  # noqa: F811
+        draws = random_draws(index, 100)
+        expected = [directly(index, draw) for draw in draws]
+        with faulty_proxy(s3_server.endpoint, lambda *read: "denied" if read[2] >= 30 else "") as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            got = []
+            with (
+                ImageStream(index, draws, resolution=SIDE, resampling="lanczos") as stream,
+                pytest.raises(StorageError, match=r"cannot read s3://\S+\.png: access denied"),
+            ):
+                got.extend(stream)
+        for pixels, wanted in zip(got, expected, strict=False):
+            np.testing.assert_array_equal(pixels, wanted)
+        assert stream.replaced == 0  # no other image instead
+
+    def test_an_object_that_is_replaced_while_training_runs_is_reported(self, index, caplog):
+        draws = [ImageView(row % 8) for row in range(400)]
+        uri = index.row(3).uri
+        with ImageStream(index, draws, resolution=SIDE, resampling="lanczos", window=32) as stream:
+            rows = [next(stream) is not None and stream.row for _ in range(8)]
+            folder, _, name = uri.rpartition("/")
+            Storage(folder).write_bytes(name, image(99, size=(50, 50)))
+            rows += [stream.row for _ in stream]
+        assert rows[:8] == list(range(8)) and len(rows) == 400
+        late = rows[320:]
+        assert late == [4 if row % 8 == 3 else row % 8 for row in range(320, 400)]
+        assert list(stream.bad) == [uri] and "replaced after it was indexed" in stream.bad[uri]
+        assert sum("left out" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.cluster
@@ -153,11 +240,11 @@ def test_no_decodable_image_and_a_missing_file(local_ray, tmp_path):
     put(tmp_path, "a.png", b"broken now")
     put(tmp_path, "b.png", b"")
     with pytest.raises(DataError, match="none of the 2"):
-        list(ImageStream(index, [ImageView(0)], resolution=SIDE))
+        list(ImageStream(index, [ImageView(0)], resolution=SIDE, resampling="lanczos"))
     (tmp_path / "a.png").unlink()
     (tmp_path / "b.png").unlink()
     with pytest.raises(StorageError, match="does not exist"):
-        list(ImageStream(index, [ImageView(0)], resolution=SIDE))
+        list(ImageStream(index, [ImageView(0)], resolution=SIDE, resampling="lanczos"))
 
 
 @pytest.mark.cluster
@@ -175,11 +262,13 @@ def test_a_cluster_without_a_free_cpu_is_reported(local_ray, tmp_path):
         with (
             pytest.raises(ResourceError, match=r"1\.0 CPU.*0\.0"),
             ImageStream(
-                build_index(str(tmp_path)), [ImageView(0)], resolution=SIDE, stall_seconds=2
+                build_index(str(tmp_path)),
+                [ImageView(0)],
+                resolution=SIDE,
+                resampling="lanczos",
+                stall_seconds=2,
             ) as stream,
         ):
             next(stream)
     finally:
         local_ray.kill(hog)
-    stream._thread.join(timeout=30)  # a CPU is free now, so the abandoned window can finish
-    assert not stream._thread.is_alive()

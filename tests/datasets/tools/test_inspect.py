@@ -161,6 +161,10 @@ def test_the_html_report_is_one_file_with_the_same_facts(tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     text = page.read_text()
     assert not re.search(r"<script|https?://|@import|url\(|src=", text)
-    assert "bad&lt;b&gt;.png" in text and "bad<b>" not in text and "copy.png = " not in text.split("Duplicates")[0]
+    assert (
+        "bad&lt;b&gt;.png" in text
+        and "bad<b>" not in text
+        and "copy.png = " not in text.split("Duplicates")[0]
+    )
     for fact in ("512x512", "tag1", "round", "4 of", "copy of another image"):
         assert fact in text, fact

@@ -86,7 +86,7 @@ class S3:
         address = self.machine.ip
         words = [
             f"{VENV}/bin/weed", "server", "-s3", f"-ip={address}", f"-ip.bind={address}", "-dir=/tmp/data",
-            "-s3.port=8333", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.config=/tmp/s3.json", "-volume.max=150",
+            "-s3.port=8333", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.config=/tmp/s3.json", "-volume.max=400",
             "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
         ]  # fmt: skip
         self.machine.start(words, {"PATH": os.environ["PATH"]}, log=folder / "weed.log")

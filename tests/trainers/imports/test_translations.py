@@ -191,6 +191,17 @@ def test_contradictory_settings_are_an_error(tmp_path: Path, text: str, message:
         imported(tmp_path, ("a.toml", "network_dim = 4\ntrain_data_dir = 'img'\n" + text))
 
 
+def test_a_dataset_config_alone_blocks_because_it_names_no_model(tmp_path: Path) -> None:
+    found = imported(tmp_path, trainer_configs.KOHYA_DATASET)
+    assert [entry.key for entry in found.blocking] == ["(model)"]
+
+
+def test_min_snr_of_a_v_prediction_is_explained(tmp_path: Path) -> None:
+    name, text = trainer_configs.KOHYA
+    found = imported(tmp_path, (name, text.rstrip() + " --v_parameterization\n"))
+    assert "SNR + 1" in next(line for line in found.text.splitlines() if line.startswith("  snr_gamma: 5"))
+
+
 def test_optimizer_that_does_not_exist_blocks(tmp_path: Path) -> None:
     name, text = trainer_configs.KOHYA
     found = imported(tmp_path, (name, text.replace("--optimizer_type=AdamW", "--optimizer_type=DAdaptSGD")))
@@ -207,6 +218,14 @@ def test_options_of_an_optimizer(tmp_path: Path) -> None:
     assert values(found)["optimizer.name"] == "prodigy" and not found.blocking
     assert values(found)["optimizer.options"] == {"d_coef": 2, "betas": [0.9, 0.99], "weight_decay": 0.0}
     assert "there is no such option" in left(found, "optimizer_args.foo")
+
+
+def test_adafactor_that_chooses_its_rate_is_reported(tmp_path: Path) -> None:
+    name, text = trainer_configs.KOHYA
+    text = text.replace("--optimizer_type=AdamW ", "--optimizer_type=Adafactor ")
+    assert "chooses its rate" in left(imported(tmp_path, (name, text)), "optimizer_args.relative_step")
+    fixed = imported(tmp_path, (name, text.replace('"weight_decay=0.1"', "relative_step=False")))
+    assert values(fixed)["optimizer.options"]["relative_step"] is False
 
 
 def test_losses_and_noise_keep_their_values(tmp_path: Path) -> None:

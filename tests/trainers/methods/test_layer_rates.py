@@ -189,3 +189,24 @@ def test_a_stopped_run_with_rates_by_layer_equals_an_uninterrupted_one(tmp_path:
     assert first.exit_reason == "interrupted" and 0 < first.steps < 6
     run_worker(build_recipe(broken), resume=True)
     assert_same(final_state(straight), final_state(broken))
+
+
+def test_zero_trains_the_groups_as_plain_torch_does(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    method = {
+        "lora_rank": 4,
+        "loraplus_lr_ratio": 8,
+        "up_lr_weight": "sine",
+        "freeze_layers": "unet.mid_block",
+        "rank_dropout": 0.3,
+    }
+    losses = []
+    for engine in ({}, {"zero_stage": 2}):
+        parts = parts_of(tmp_path, method, engine=engine)
+        for step in range(3):
+            torch.manual_seed(step)
+            loss = parts.engine.backward(parts.prepare(parts.engine.to_device(parts.feed.batch(step))))
+            parts.engine.step({name: 10 * rate(step) for name, rate in parts.rates.items()}, step + 1)
+        losses.append(float(loss.total))
+        parts.engine.close()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -109,6 +109,7 @@ def run(tmp_path: Path) -> Storage:
         "run": "my-cat", "method": "dreambooth", "exit_reason": "completed", "steps": 100, "images_seen": 800,
         "workers": 2, "device": "cpu", "wall_seconds": 214.0, "start_up_seconds": 30.0, "train_seconds": 150.0,
         "figures": {"images_per_second": 31.25, "peak_memory_bytes": 2_100_000_000, "data_wait_fraction": 0.004},
+        "data_waits": {"read": 0.2, "decode": 1.5, "transport": 0.0},
         "best_checkpoint": "step-000100", "exports": ["diffusers", "my-cat.safetensors"],
         "bad_files": [{"uri": "cat/<b>.png", "reason": "truncated"}],
     }  # fmt: skip
@@ -122,7 +123,8 @@ def test_report_contains_every_result_of_a_run(run: Storage) -> None:
     text = re.sub(r"\s+", " ", page.text)
     for part in (
         "my-cat", "DreamBooth", "completed", "100 optimizer steps", "800 images seen", "2 workers", "3 min 34 s",
-        "31.2", "2.1 GB", "0.4 %", "base 0.2", "base", "tuned", "real", "CLIP-T 0.25",
+        "31.2", "2.1 GB", "0.4 %", "of training time; mostly for decoding", "base 0.2",
+        "base", "tuned", "real", "CLIP-T 0.25",
         "Training loss", "Held-out loss", "Learning rate", "my-cat.safetensors", "2.0 MB", "3.0 MB", "webui",
         "step-000100", "best held-out loss", "cat/<b>.png", "name: dreambooth",
     ):  # fmt: skip

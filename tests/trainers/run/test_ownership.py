@@ -238,6 +238,18 @@ def test_an_outage_does_not_lose_a_lease_that_nobody_took(
         assert LeaseFile(Storage(tmp_path)).read().owner == lease.owner.id
 
 
+def test_a_command_does_not_wait_for_a_storage_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(ownership, "RELEASE_SECONDS", 0.01)
+    monkeypatch.setattr(ownership.Ownership, "release", lambda self: answers.wait())
+    with hold(Storage(tmp_path)):
+        pass
+    assert not answers.is_set() and "is not released" in caplog.text
+    answers.set()
+
+
 def test_a_start_that_failed_leaves_nothing(folder: Storage, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bad"), hold(folder, is_left_over=lambda _: True):
         raise ValueError("bad")

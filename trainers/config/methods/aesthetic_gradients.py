@@ -31,6 +31,7 @@ class AestheticGradientsConfig(MethodConfig):
         **{
             f"train.{key}": "which adds no noise"
             for key in (*LossConfig.model_fields, *NoiseConfig.model_fields)
+            if key not in ("snr_gamma", "noise_offset")  # older recipes may have them
         },
     }
     no_plan: ClassVar[str | None] = (

@@ -143,6 +143,9 @@ class Kohya(Importer):
         self._finish_length(settings, draft)
         self._finish_rates(settings, draft)
         put_options(draft, options_of(settings, "optimizer_args."))
+        if draft.get("optimizer.name") == "adafactor" and not settings.has("optimizer_args.relative_step"):
+            reason = "there Adafactor chooses its rate itself by default; here learning_rate is used"
+            draft.leave("optimizer_args.relative_step", True, Effect.CHANGES, reason)
         self._finish_method(settings, draft)
         self._finish_rest(settings, draft)
 

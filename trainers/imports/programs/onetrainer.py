@@ -68,6 +68,7 @@ class OneTrainer(Importer):
         }
     )
     defaults: ClassVar[Mapping[str, object]] = {
+        "base_model_name": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "epochs": 100,
         "train_dtype": "FLOAT_16",
         "aspect_ratio_bucketing": True,
