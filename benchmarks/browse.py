@@ -49,6 +49,7 @@ def make_table(folder: Path, rows: int) -> pa.Table:
         "concept": [0] * rows,
         "mask": [None] * rows,
         "mask_sha256": [None] * rows,
+        "phash": [None] * rows,
     }
     types = {"width": pa.int32(), "height": pa.int32(), "concept": pa.int32()}
     return pa.table({name: pa.array(values[name], types.get(name, pa.string())) for name in COLUMNS})

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, float | None, float, tuple[str, ...]]] = {
     "prodigy_schedulefree": ("prodigy_schedulefree", 1.0, 1, CONSTANT),
     "adamw_schedulefree": ("adamw_schedulefree", None, 1, CONSTANT),
     "lion": ("lion", None, 0.1, ()),
-    "came": ("came", None, 1, ()),
+    "came": ("came", None, 0.2, ()),
     "adafactor": ("adafactor", None, 1, ()),
     "muon": ("muon", None, 1, ()),
 }

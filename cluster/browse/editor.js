@@ -141,9 +141,10 @@ at("stage").addEventListener("pointerdown", event => {
 });
 at("stage").addEventListener("pointermove", event => {
   const [x, y] = place(event);
+  const last = cursor;
   if (tool() === "mask") cursor = [x, y];
   if (!drag) { if (tool() === "mask") draw(); return; }
-  if (drag.kind === "mask") dab(x, y);
+  if (drag.kind === "mask") dab(x, y, last);
   else if (drag.kind === "focus") focusNow = [x, y];
   else if (drag.kind === "move") cropNow = moved(drag.box, x - drag.x, y - drag.y);
   else if (drag.kind === "size") cropNow = resized(drag.box, x - drag.box[0], y - drag.box[1]);
@@ -198,13 +199,17 @@ async function loadMask() {
   pen.putImageData(pixels, 0, 0);
 }
 
-function dab(x, y) {
+// Paints at a point, or from the last point to it.
+function dab(x, y, from = [x, y]) {
   const canvas = at("paint"), pen = canvas.getContext("2d");
   pen.globalCompositeOperation = document.querySelector("[name=brush]:checked").value === "hide" ? "source-over" : "destination-out";
-  pen.fillStyle = "#f00";
+  pen.strokeStyle = "#f00";
+  pen.lineCap = "round";
+  pen.lineWidth = canvas.width * at("width").value / 100;
   pen.beginPath();
-  pen.arc(x * canvas.width, y * canvas.height, canvas.width * at("width").value / 200, 0, 7);
-  pen.fill();
+  pen.moveTo(from[0] * canvas.width, from[1] * canvas.height);
+  pen.lineTo(x * canvas.width, y * canvas.height);
+  pen.stroke();
 }
 
 function maskFile() {

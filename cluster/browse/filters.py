@@ -16,11 +16,11 @@ from dreamfleet.datasets.errors import UserError
 
 TAGS_SHOWN = 300  # tags that the page lists at once
 TAGS_AT_ONCE = 100_000  # captions that are split at the same time
-STATES = ("used", "excluded", "edited", "uncaptioned", "masked", "copies")
+STATES = ("used", "excluded", "edited", "uncaptioned", "masked", "copies", "near")
 
 
 def select_rows(table: ImageTable, wanted: Mapping[str, Any]) -> np.ndarray:
-    """Return the rows that match all filters, in order; identical files are adjacent if only copies are shown.
+    """Return the rows that match all filters, in order; duplicates of a group are adjacent if only they are shown.
 
     Filters: ``text`` in caption or address, ``tag`` (a whole tag), ``bucket`` ("512x768"), ``least`` and ``most``
     (pixels of the shorter side of the file or its crop), ``state`` (one of ``STATES``). Raises UserError for others.
@@ -33,8 +33,9 @@ def select_rows(table: ImageTable, wanted: Mapping[str, Any]) -> np.ndarray:
             raise UserError(f"no such filter: {name!r}")
         keep &= _FILTERS[name](table, value)
     rows = np.flatnonzero(keep)
-    if wanted.get("state") == "copies":
-        rows = rows[np.argsort(table.copies[rows], kind="stable")]
+    if wanted.get("state") in ("copies", "near"):
+        groups = table.copies if wanted["state"] == "copies" else table.near
+        rows = rows[np.argsort(groups[rows], kind="stable")]
     return rows
 
 
@@ -107,8 +108,8 @@ def _state(table: ImageTable, value: Any) -> np.ndarray:
         return _as_mask(pc.is_null(table.caption_array()))
     if value == "masked":
         return table.masked
-    if value == "copies":
-        return np.asarray(table.copies > 0)
+    if value in ("copies", "near"):
+        return np.asarray((table.copies if value == "copies" else table.near) > 0)
     raise UserError(f"no such state: {value!r}")
 
 

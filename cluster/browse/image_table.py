@@ -14,11 +14,12 @@ from dreamfleet.datasets.buckets import Size, training_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.crop_file import pixel_box
+from dreamfleet.datasets.index.duplicates import first_of_near
 from dreamfleet.datasets.index.edits import Edit, EditTable, edit_name
 from dreamfleet.datasets.index.exclusions import BadFile
 from dreamfleet.datasets.index.set_store import open_sets
 
-COLUMNS = ("uri", "width", "height", "caption", "sha256", "concept", "mask", "mask_sha256")
+COLUMNS = ("uri", "width", "height", "caption", "sha256", "concept", "mask", "mask_sha256", "phash")
 
 
 class ImageTable:
@@ -89,6 +90,23 @@ class ImageTable:
         numbers = np.where(groups, np.cumsum(groups), 0)
         return np.asarray(numbers[codes], np.int64)
 
+    @cached_property
+    def near(self) -> np.ndarray:
+        """The group number of each image among near duplicates and copies, from 1 on; 0 for the others.
+
+        Groups are those of `data.duplicates: near`. Without perceptual hashes there are none.
+        """
+        if self.table.column("phash").null_count == len(self):
+            return np.zeros(len(self), np.int64)
+        found = first_of_near(self.table, self.data.near_distance)
+        rows = {uri: row for row, uri in enumerate(self.uris.to_pylist())}
+        leaders = np.array(
+            [row if kept is True else rows[str(kept).removeprefix("of ")] for row, kept in enumerate(found)]
+        )
+        groups = np.bincount(leaders, minlength=len(self)) > 1
+        numbers = np.where(groups, np.cumsum(groups), 0)
+        return np.asarray(numbers[leaders], np.int64)
+
     def set_edits(self, changes: Mapping[int, Edit]) -> None:
         """Apply edits by row and store them. Raises DataError or StorageError, and then changes nothing."""
         by_set: dict[int, dict[str, Edit]] = {}
@@ -152,9 +170,15 @@ class ImageTable:
         return numbers[codes.reshape(-1)], sizes
 
 
-def load_table(data: DataConfig, *, excluded: Mapping[str, str] = MappingProxyType({})) -> ImageTable:
-    """Index the sets of a ``data:`` section without their edits, and load the edits. Raises DataError."""
-    opened = open_sets(data.model_copy(update={"use_edits": False}), excluded=excluded, verify=False)
+def load_table(
+    data: DataConfig, *, excluded: Mapping[str, str] = MappingProxyType({}), near: bool = False
+) -> ImageTable:
+    """Index the sets of a ``data:`` section without their edits, and load the edits. Raises DataError.
+
+    ``near``: compute the perceptual hashes that near duplicates need.
+    """
+    unedited = data.model_copy(update={"use_edits": False})
+    opened = open_sets(unedited, excluded=excluded, phash=near, verify=False)
     tables, bad = [], []
     for number, one in enumerate(opened):
         table = one.table.select(COLUMNS)

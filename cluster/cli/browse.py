@@ -29,6 +29,9 @@ def browse(
         int | None, typer.Option(min=8, help="data.resolution, in pixels.", show_default=False)
     ] = None,
     buckets: Annotated[bool, typer.Option("--buckets", help="data.enable_bucket.")] = False,
+    near: Annotated[
+        bool, typer.Option("--near", help="Also find near duplicates; every new image is decoded once.")
+    ] = False,
     write_back: Annotated[
         bool,
         typer.Option(
@@ -54,7 +57,7 @@ def browse(
         if write_back:
             found = _write_back(recipe, excluded)
         else:
-            found = _serve(recipe, excluded, place, port=port, browser=browser)
+            found = _serve(recipe, excluded, place, near=near, port=port, browser=browser)
     if as_json:
         print_json(found)
     else:
@@ -62,7 +65,7 @@ def browse(
 
 
 def _serve(
-    recipe: Recipe, excluded: dict[str, str], place: str, *, port: int, browser: bool
+    recipe: Recipe, excluded: dict[str, str], place: str, *, near: bool, port: int, browser: bool
 ) -> dict[str, Any]:
     from dreamfleet.cluster.browse.image_table import load_table
     from dreamfleet.cluster.browse.page import MAX_REQUEST_BYTES, BrowsePage
@@ -70,7 +73,7 @@ def _serve(
     modes = _label_mode(recipe)
     page = BrowsePage(
         recipe,
-        lambda: load_table(recipe.data, excluded=excluded),
+        lambda: load_table(recipe.data, excluded=excluded, near=near),
         title=place.rstrip("/").rpartition("/")[2] or place,
         modes=dict.fromkeys(modes, "Label"),
     )

@@ -212,7 +212,7 @@ ADAFACTOR = Optimizer(
     scratch=4,
 )
 CAME = Optimizer(
-    "Adafactor with momentum, damped where updates deviate from it (Luo et al. 2023)",
+    "Adafactor with momentum, damped where updates deviate (Luo et al. 2023); a tenth to a fifth of AdamW's rate",
     build=f"{_MODULE}came:build",
     state_bytes=lambda shape, options: _came_bytes(shape, options) + 4,
     Options=CameOptions,

@@ -85,6 +85,8 @@ def estimate_all(counts: Counts, *, world: int = 1, workers_per_host: int = 1) -
     if world == 1 and not counts.accumulates:
         # bf16 weights were traced only where the recipe computes in 16 bits.
         allowed = [choice for choice in ALTERING if counts.mixed or not choice.bf16_weights]
+        if not counts.kind.steps_alone:
+            allowed = [choice for choice in allowed if choice.optimizer is not None]
         choices += [choice for choice in allowed if counts.under(choice) != counts]
     return [estimate(counts, choice, world=world, workers_per_host=workers_per_host) for choice in choices]
 

@@ -16,6 +16,7 @@ import pytest
 import tiny
 from chromium import CTRL, Tab, chromium
 from PIL import Image
+from servers import S3Server, s3_server  # noqa: F401  (a fixture)
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.browse.image_table import load_table
@@ -27,6 +28,7 @@ from dreamfleet.datasets.errors import DataError, UserError
 from dreamfleet.datasets.images.images import fit_image
 from dreamfleet.datasets.index.edits import EDITS_FOLDER, EditTable
 from dreamfleet.datasets.index.sets import load_sets
+from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 
 
@@ -99,6 +101,22 @@ def test_filters_select_on_edited_values(folder: Path) -> None:
     assert page.answer({"action": "errors", "start": 0})["errors"][0][0].endswith("broken.png")
     with pytest.raises(UserError, match="filter"):
         names(page, colour="red")
+
+
+def test_near_duplicates_are_shown_in_groups(folder: Path) -> None:
+    rng = np.random.default_rng(5)
+    picture = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize(
+        (256, 256), Image.Resampling.BICUBIC
+    )
+    picture.save(folder / "near-a.png")
+    picture.resize((200, 200)).save(folder / "near-b.jpg", quality=90)
+    recipe = make_recipe(folder)
+    page = BrowsePage(recipe, lambda: load_table(recipe.data, near=True), title="set", modes={})
+    found = names(page, state="near")
+    assert {"near-a.png", "near-b.jpg", "000.png", "copy.png"} <= set(found)
+    groups = [int(page.table.near[row_of(page, name)]) for name in found]
+    assert groups == sorted(groups) and len(set(groups)) < len(groups)
+    assert names(make_page(folder), state="near") == []
 
 
 def test_buckets_follow_a_crop(folder: Path) -> None:
@@ -227,6 +245,27 @@ def test_write_back_writes_sidecars_once(folder: Path) -> None:
     assert [path.read_text() for path in folder.rglob(".tags-before-*/000.txt")] == ["a cat, grass"]
     after = make_page(folder, alpha_mask=True).table
     assert len(after) == 6 and after.captions[0] == "new caption" and len(after.edits) == 1
+
+
+@pytest.mark.s3
+def test_a_set_in_a_bucket_is_edited_in_place(
+    s3_server: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    s3_server.set_environment(monkeypatch)
+    address = f"{s3_server.new_folder()}/set"
+    Storage(address).upload(tiny.make_images(tmp_path / "set", 3, captions=True))
+    recipe = make_recipe(Path(tmp_path), instance_data_dir=address, cache_dir=str(tmp_path / "cache"))
+    page = BrowsePage(recipe, lambda: load_table(recipe.data), title="set", modes={})
+    edit(page, "000.png", excluded=True)
+    edit(page, "001.png", crop=[0, 0, 0.5, 0.5])
+    rows = load_sets(recipe.data).instances.rows()
+    assert sorted(row.width for row in rows) == [24, 48] and any("edited://" in row.uri for row in rows)
+    assert page.find_image("thumb/1/0") is not None
+    page.answer({"action": "undo"})
+    assert list(EditTable(address).edits) == ["000.png"]
+    assert len(Storage(address).list("", True)) == 7, "three images, their captions, and the table of edits"
 
 
 # ---- the page ----------------------------------------------------------------------------------------------

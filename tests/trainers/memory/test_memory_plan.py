@@ -264,6 +264,18 @@ def test_the_cheapest_that_fits_is_chosen() -> None:
     assert small == pytest.approx(2 * GIB, rel=0.04)
 
 
+def test_what_an_optimizer_does_not_support_is_not_planned() -> None:
+    def names(optimizer: str) -> set[str]:
+        return {one.choice.name for one in estimate_all(simple_counts(optimizer=optimizer, mixed=True))}
+
+    assert {"ZeRO-3", "torch, fused backward"} <= names("lion")
+    assert not {name for name in names("lion") if "on host" in name and "weights on host" not in name}
+    assert names("prodigy") & {"torch, fused backward", "ZeRO-2"} == set()
+    assert estimate(simple_counts(optimizer="lion"), CHOICES[3]).gpu["optimizer"] == 4 * GIB
+    states = estimate(simple_counts(optimizer="prodigy"), PLAIN)
+    assert states.gpu["optimizer"] == 16 * GIB
+
+
 def test_every_worker_of_a_host_counts() -> None:
     apart, together = (
         estimate(simple_counts(latents=GIB), PLAIN, world=4, workers_per_host=many).host_moments

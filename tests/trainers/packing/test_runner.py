@@ -107,7 +107,7 @@ def last_checkpoint(folder: Path) -> Checkpoint:
     return found
 
 
-OTHER_OPTIMIZERS = ("prodigy", "adamw_schedulefree", "lion", "came", "prodigy_schedulefree")
+OTHER_OPTIMIZERS = ("prodigy", "adamw_schedulefree", "lion")
 
 
 def test_packed_trainings_may_have_different_optimizers(tmp_path: Path) -> None:
