@@ -114,7 +114,11 @@ class Loaders:
             return torch.from_numpy(to_tensor_range(cut))
 
         shards = [str(path) for path in sorted(self.shards.glob(f"{self.cores}-*.tar"))]
-        photos = wds.WebDataset(shards, shardshuffle=False).map(decode).batched(BATCH, partial=True)
+        photos = (
+            wds.WebDataset(shards, shardshuffle=False)
+            .map(decode)
+            .batched(BATCH, collation_fn=torch.stack, partial=True)
+        )
         yield from wds.WebLoader(photos, batch_size=None, num_workers=self.cores)
 
     def dreamfleet(self, side: int, filter_name: str) -> Batches:

@@ -48,6 +48,7 @@ class SetOptions(Section):
     mask_dir: ImageDir | None = Field(
         default=None, validation_alias=also("mask_dir", "conditioning_data_dir", "mask_path")
     )
+    recursive: bool = Field(default=True, description="whether images in subfolders are used too")
     where: str | None = Field(
         default=None, min_length=1, description="as `data.where`, for this set; both apply"
     )

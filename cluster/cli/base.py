@@ -160,33 +160,51 @@ def work() -> Iterator[None]:
 
 @contextmanager
 def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function (done, total) that shows progress on stderr.
+    """Yield a function (done, total) that shows progress, rate and time left on stderr.
 
-    A bar on a terminal; otherwise a line every ten seconds, and one at the end of work that took longer.
+    A bar on a terminal; otherwise a line every ten seconds, and one at the end of work that took longer. What was done
+    before, the first call's number, does not count for the rate.
     """
     bar: Any = None
     last = began = time.monotonic()
+    first: int | None = None
 
     def show(done: int, total: int) -> None:
-        nonlocal bar, last
+        nonlocal bar, last, first
+        first = done if first is None else first
         if sys.stderr.isatty():
             if bar is None:
                 from tqdm import tqdm
 
-                bar = tqdm(total=total, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True)
+                bar = tqdm(total=total, initial=first, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True)
             bar.total = total
             bar.update(done - bar.n)
             return
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES or (done == total and now - began >= SECONDS_BETWEEN_LINES):
             last = now
-            print(f"{done} of {total} {unit}", file=sys.stderr, flush=True)
+            pace = pace_text(done - first, total - done, now - began)
+            print(f"{done} of {total} {unit}{pace}", file=sys.stderr, flush=True)
 
     try:
         yield show
     finally:
         if bar is not None:
             bar.close()
+
+
+def pace_text(done: int, left: int, seconds: float) -> str:
+    """Return the rate and the time left of work as text, such as `, 61.0 per second, 27 min left`."""
+    if done <= 0 or seconds <= 0:
+        return ""
+    rate = done / seconds
+    text = f", {rate:.1f} per second" if rate >= 1 else f", {1 / rate:.1f} s each"
+    minutes = left / rate / 60
+    if not left:
+        return text
+    if minutes < 1:
+        return f"{text}, less than a minute left"
+    return f"{text}, {minutes:.0f} min left" if minutes < 120 else f"{text}, {minutes / 60:.1f} h left"
 
 
 def _report(ctx: typer.Context, message: str) -> None:

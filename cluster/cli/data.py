@@ -11,6 +11,7 @@ from dreamfleet.cluster.cli import browse as cli_browse
 from dreamfleet.cluster.cli import cache as cli_cache
 from dreamfleet.cluster.cli import caption as cli_caption
 from dreamfleet.cluster.cli import inspect as cli_inspect
+from dreamfleet.cluster.cli import measure as cli_measure
 from dreamfleet.cluster.cli import prepare as cli_prepare
 from dreamfleet.cluster.cli import tags as cli_tags
 from dreamfleet.cluster.cli.base import AsJson, Commands, Verbose, local_path, print_json, work
@@ -77,6 +78,7 @@ for command in (
     cli_prepare.prepare,
     cli_tags.tags,
     cli_caption.caption,
+    cli_measure.measure,
     cli_cache.cache,
     label,
 ):

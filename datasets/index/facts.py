@@ -76,7 +76,9 @@ class Inspection(NamedTuple):
         try:
             return self._read(image)
         except (DataError, StorageError) as error:
-            return BadFile(image.uri, str(error).removeprefix(f"{image.uri}: "))
+            row = (image.columns or {}).get("row")
+            where = f" (row {row} of its table)" if row is not None else ""
+            return BadFile(image.uri, str(error).removeprefix(f"{image.uri}: ") + where)
 
     def _read(self, image: SourceImage) -> Inspected:
         uri = image.uri

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from dreamfleet.datasets.config import Concept, DataConfig
+from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.index.caption_files import Captions
 from dreamfleet.datasets.index.exclusions import BadFile
 from dreamfleet.datasets.index.image_folder import ImageFolder
@@ -106,3 +107,17 @@ def stamps_of(folder: Storage) -> dict[str, str]:
         }
 
     return bucket_at(folder.url).run("list", folder.url, find)
+
+
+def stamp_of_file(address: str) -> str:
+    """Return the stamp of one file; "" if it was modified in the last seconds or cannot be looked at."""
+    storage = Storage(address)
+    try:
+        if storage.is_local:
+            status = os.stat(storage.url)
+            settled = status.st_mtime < time.time() - SETTLED_SECONDS
+            return f"{status.st_size} {status.st_mtime_ns}" if settled else ""
+        bucket = bucket_at(storage.url)
+        return stamp_of(bucket.run("check", storage.url, lambda fs, key: fs.info(key))) or ""
+    except (OSError, StorageError):
+        return ""

@@ -19,6 +19,7 @@ def scan_options(
         own.caption_extension,
         own.caption_column,
         concept.mask_dir,
+        recursive=concept.recursive,
         excluded=excluded,
         edits_for=data if data.use_edits else None,
         mapper=mapper,

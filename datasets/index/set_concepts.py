@@ -73,6 +73,7 @@ def _concepts_of(one: ImageSet, data: DataConfig) -> list[Concept]:
                 **{name: value for name, value in options.items() if getattr(concept, name) is None},
                 "repeats": concept.repeats * one.repeats,
                 "weight": one.weight,
+                "recursive": concept.recursive and one.recursive,
                 "where": one.where if concept.where is None else concept.where,
             }
         )

@@ -66,6 +66,14 @@ class Listing:
     others: Counter[str] = field(default_factory=Counter)
     shared: dict[str, list[str]] = field(default_factory=dict)
 
+    def extend(self, other: Listing) -> None:
+        """Add the content of another listing."""
+        self.images += other.images
+        self.bad += other.bad
+        self.skipped += other.skipped
+        self.others += other.others
+        self.shared |= other.shared
+
 
 @dataclass(frozen=True)
 class ScanOptions:
@@ -88,10 +96,12 @@ class Source(ABC):
     """Base class of image sources. The constructor takes no arguments; one instance per process serves all URLs.
 
     ``matches`` and ``scan`` run in the process that builds the index, ``read`` also in workers on other machines.
-    ``name`` is the name under which the source is registered.
+    ``name`` is the name under which the source is registered. With ``reads_web``, ``matches`` is also asked about
+    http(s) addresses.
     """
 
     name: str
+    reads_web = False
 
     @abstractmethod
     def matches(self, url: str) -> bool:
@@ -134,6 +144,15 @@ SOURCES: Registry[type[Source]] = Registry(
     builtin={
         FOLDER: "dreamfleet.datasets.index.folder_source:FolderSource",
         "list": "dreamfleet.datasets.index.list_source:ListSource",
+        "tar": "dreamfleet.datasets.index.tar_source:TarSource",
+        "parquet": "dreamfleet.datasets.index.parquet_source:ParquetSource",
+        "arrow": "dreamfleet.datasets.index.arrow_source:ArrowSource",
+        "table": "dreamfleet.datasets.index.table_source:TableSource",
+        "kohya": "dreamfleet.datasets.index.kohya_toml_source:KohyaTomlSource",
+        "onetrainer": "dreamfleet.datasets.index.onetrainer_source:OneTrainerSource",
+        "simpletuner": "dreamfleet.datasets.index.simpletuner_source:SimpleTunerSource",
+        "everydream": "dreamfleet.datasets.index.everydream_source:EveryDreamSource",
+        "url": "dreamfleet.datasets.index.url_source:UrlSource",
         "edited": "dreamfleet.datasets.index.edited_source:EditedSource",
     },
 )
@@ -146,14 +165,15 @@ def find_source(url: str) -> Source:
     """
     if own := _named_in(url):
         return own
-    if not is_address(url):
+    found = {name: _instance(kind, name) for name, kind in SOURCES.items() if name != FOLDER}
+    asked = found if is_address(url) else {name: one for name, one in found.items() if one.reads_web}
+    matching = [name for name, source in asked.items() if source.matches(url)]
+    if not matching and not is_address(url):
         names = [name for name in SOURCES.names() if name != FOLDER]
         raise DataError(
             f"{url}: no source reads {url.partition('://')[0]}:// URLs. Use a folder, s3:// or gs://, or install the "
             f"package that adds the source (installed: {', '.join(names) or 'none'})"
         )
-    found = {name: _instance(kind, name) for name, kind in SOURCES.items() if name != FOLDER}
-    matching = [name for name, source in found.items() if source.matches(url)]
     if len(matching) > 1:
         raise DataError(f"{url} is matched by several sources: {', '.join(matching)}. Uninstall all but one")
     return found[matching[0]] if matching else _instance(SOURCES.get(FOLDER), FOLDER)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,11 +15,11 @@ import pyarrow as pa
 
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.environment import apply_variables, variables_to_send
-from dreamfleet.datasets.errors import DataError, RunFailed, StorageError, UserError
+from dreamfleet.datasets.errors import DataError, StorageError, UserError
 from dreamfleet.datasets.images.masks import ImageView, cut_image
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.index.sources import read_image_file, read_mask
+from dreamfleet.datasets.processing.runner import Stage, run_on_ray
 from dreamfleet.datasets.serve.latent_files import Key, LatentCache, write_shard
 from dreamfleet.datasets.storage.storage import Storage
 
@@ -223,55 +221,20 @@ def encode_shards(
 def _on_ray(
     shards: Sequence[Sequence[Job]], pool: Pool, read: Any, options: Mapping[str, Any]
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    import ray.data
-    import ray.exceptions
-
-    logging.getLogger("ray.data").setLevel(
-        logging.ERROR
-    )  # otherwise it logs messages about options that are set here
     tables = [
         pa.table({name: column.tolist() for name, column in _columns(shard).items()}) for shard in shards
     ]
-    dataset = ray.data.from_arrow(tables)
-    dataset.context.print_on_execution_start = False
-    dataset.context.enable_progress_bars = False
     buckets = not options["folder"].is_local or any("://" in job.uri for shard in shards for job in shard)
-    environment, sent = {"env_vars": dict(pool.environment)}, variables_to_send(buckets=buckets)
-
-    # Secrets are sent inside closures, since Ray logs runtime environments and may display arguments.
-    def read_apart(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        apply_variables(sent)
-        return read(batch)
-
-    def make_apart() -> Encode:  # the first call in an actor
-        apply_variables(sent)
-        return options["make_encode"]()
-
-    if pool.decode_apart:
-        dataset = dataset.map_batches(
-            read_apart, batch_size=None, batch_format="numpy", num_cpus=1, runtime_env=environment
-        )
-    asked = dict(pool.resources)
-    dataset = dataset.map_batches(
-        ShardWriter,
-        fn_constructor_kwargs={**options, "make_encode": make_apart},
-        batch_size=max(map(len, shards)),  # a whole shard; with GPUs Ray Data requires a number
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(shards))),
-        num_cpus=asked.pop("CPU", 0),
-        num_gpus=asked.pop("GPU", 0),
-        resources=asked or None,
-        runtime_env=environment,
+    stages = [Stage(lambda: read, {"CPU": 1})] if pool.decode_apart else []
+    stages.append(Stage(lambda: ShardWriter(**options), pool.resources, pool.actors))
+    yield from run_on_ray(
+        tables,
+        stages,
+        environment=pool.environment,
+        buckets=buckets,
+        batch_rows=max(map(len, shards)),  # a whole shard
+        what="encoding",
     )
-    try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
-    except ray.exceptions.RayError as error:
-        # Extract the message from Ray's long text of tracebacks and advice.
-        found = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception): .*", str(error), re.MULTILINE)
-        why = found[-1] if found else type(error).__name__
-        raise RunFailed(
-            f"encoding failed ({why[:300]}). Encoded images are kept; run the same command again to continue"
-        ) from error
 
 
 def _cut(job: Job, data: DataConfig) -> np.ndarray:

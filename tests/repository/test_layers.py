@@ -10,6 +10,7 @@ from typing import Any
 LAYERS = {
     "datasets": "",
     "datasets/storage": "",
+    "datasets/processing": "ray",
     "datasets/images": "",
     "datasets/index": "",
     "datasets/serve": "ray",
@@ -65,6 +66,7 @@ LONG_FUNCTIONS = {  # over 60 lines: file::function -> reason
     "cluster/cli/artifacts.py::sample": "its signature declares the options and their help",
     "cluster/cli/caption.py::caption": "its signature declares the options and their help",
     "cluster/cli/jobs.py::submit": "its signature declares the options and their help",
+    "cluster/cli/measure.py::measure": "its signature declares the options and their help",
     "cluster/cli/plan.py::plan": "its signature declares the options and their help",
     "cluster/cli/prepare.py::prepare": "its signature declares the options and their help",
     "cluster/cli/tags.py::tags": "its signature declares the options and their help",

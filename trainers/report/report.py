@@ -172,7 +172,9 @@ def _figures(folder: RunFolder) -> list[tuple[str, str, str]]:
 
 def _bottleneck(folder: RunFolder) -> str:
     """Return what the stream of images has waited for most of the time; "" if nothing was streamed."""
-    waits = {BOTTLENECKS.get(name): value for name, value in (_get(folder.summary, "data_waits") or {}).items()}
+    waits = {
+        BOTTLENECKS.get(name): value for name, value in (_get(folder.summary, "data_waits") or {}).items()
+    }
     known = {name: value for name, value in waits.items() if name and _is_number(value) and value > 0}
     return f"; mostly for {max(known, key=lambda name: known[name])}" if known else ""
 

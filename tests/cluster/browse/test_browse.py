@@ -16,6 +16,7 @@ import pytest
 import tiny
 from chromium import CTRL, Tab, chromium
 from PIL import Image
+from servers import S3Server, s3_server  # noqa: F401  (a fixture)
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.browse.image_table import load_table
@@ -27,6 +28,7 @@ from dreamfleet.datasets.errors import DataError, UserError
 from dreamfleet.datasets.images.images import fit_image
 from dreamfleet.datasets.index.edits import EDITS_FOLDER, EditTable
 from dreamfleet.datasets.index.sets import load_sets
+from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 
 
@@ -243,6 +245,27 @@ def test_write_back_writes_sidecars_once(folder: Path) -> None:
     assert [path.read_text() for path in folder.rglob(".tags-before-*/000.txt")] == ["a cat, grass"]
     after = make_page(folder, alpha_mask=True).table
     assert len(after) == 6 and after.captions[0] == "new caption" and len(after.edits) == 1
+
+
+@pytest.mark.s3
+def test_a_set_in_a_bucket_is_edited_in_place(
+    s3_server: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    s3_server.set_environment(monkeypatch)
+    address = f"{s3_server.new_folder()}/set"
+    Storage(address).upload(tiny.make_images(tmp_path / "set", 3, captions=True))
+    recipe = make_recipe(Path(tmp_path), instance_data_dir=address, cache_dir=str(tmp_path / "cache"))
+    page = BrowsePage(recipe, lambda: load_table(recipe.data), title="set", modes={})
+    edit(page, "000.png", excluded=True)
+    edit(page, "001.png", crop=[0, 0, 0.5, 0.5])
+    rows = load_sets(recipe.data).instances.rows()
+    assert sorted(row.width for row in rows) == [24, 48] and any("edited://" in row.uri for row in rows)
+    assert page.find_image("thumb/1/0") is not None
+    page.answer({"action": "undo"})
+    assert list(EditTable(address).edits) == ["000.png"]
+    assert len(Storage(address).list("", True)) == 7, "three images, their captions, and the table of edits"
 
 
 # ---- the page ----------------------------------------------------------------------------------------------

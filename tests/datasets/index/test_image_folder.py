@@ -27,6 +27,8 @@ from dreamfleet.datasets.index.labels import find_labels
 from dreamfleet.datasets.index.sets import load_class_images, load_held_out, load_sets
 from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.datasets.tools.caption_set import caption_set
+from dreamfleet.datasets.tools.captions import Composition
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 from dreamfleet.trainers.run.build import assemble
@@ -193,29 +195,33 @@ def shared(folder: Path) -> Path:
     return fill(folder, {"x.jpg": None, "x.png": None, "x.txt": "both"})
 
 
-def test_captions_by_a_model_are_written_to_separate_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dreamfleet.trainers.models.vision import wd_tagger
+def describe_by_colour() -> Any:
+    """A stand-in for a captioner: the red value of the first pixel."""
+    return lambda images: [f"red {picture.getpixel((0, 0))[0]}" for picture in images]
 
-    class Names:
-        """A stand-in for the tagger; `reported` below returns the tags."""
 
-    def reported(storage: Any, names: Any, *rest: Any) -> Any:
-        return [(name, [f"of {name}"]) for name in names]
+def test_captions_by_a_model_are_written_to_separate_files(tmp_path: Path) -> None:
+    makers = {"colour": describe_by_colour}
 
-    monkeypatch.setattr(wd_tagger, "_tag_all", reported)
+    def described(folder: Path) -> dict[str, str]:
+        found = describe_by_colour()
+        return {
+            path.name: found([Image.open(path).convert("RGB")])[0]
+            for path in folder.iterdir()
+            if path.suffix in (".png", ".jpg")
+        }
+
     fill(tmp_path / "set", {"x.jpg": None, "x.png": None, "y.png": None, "y.TXT": " "})
-    how, model = wd_tagger.Tagging(), Names()
-    wd_tagger.caption_folder(str(tmp_path / "set"), model, how, out=str(tmp_path / "out"))  # type: ignore[arg-type]
+    how = Composition(("colour",))
+    caption_set(str(tmp_path / "set"), makers, how, out=str(tmp_path / "out"))
     assert sorted(os.listdir(tmp_path / "out")) == ["x.jpg.txt", "x.png.txt", "y.txt"]
-    wd_tagger.caption_folder(str(tmp_path / "set"), model, how)  # type: ignore[arg-type]
-    assert captions(tmp_path / "set") == {name: f"of {name}" for name in ("x.jpg", "x.png", "y.png")}
+    caption_set(str(tmp_path / "set"), makers, how)
+    assert captions(tmp_path / "set") == described(tmp_path / "set")
     assert not (tmp_path / "set" / "y.txt").exists()  # y.TXT, which is empty, existed before and was used
     fill(tmp_path / "shared", {"x.jpg": None, "x.png": None, "x.txt": "both"})
     for existing in ("append", "replace"):
-        wd_tagger.caption_folder(str(tmp_path / "shared"), model, wd_tagger.Tagging(existing=existing))  # type: ignore[arg-type]
-    assert captions(tmp_path / "shared") == {"x.jpg": "of x.jpg", "x.png": "of x.png"}
+        caption_set(str(tmp_path / "shared"), makers, Composition(("colour",), existing=existing))
+    assert captions(tmp_path / "shared") == described(tmp_path / "shared")
 
 
 def test_images_with_the_same_stem_are_prepared_separately(tmp_path: Path) -> None:

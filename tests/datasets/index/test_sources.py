@@ -192,10 +192,10 @@ def test_unchanged_images_without_a_listed_hash_are_not_read_again(tmp_path: Pat
 
 
 def test_urls_that_no_source_or_several_read_are_refused(toy: type[Source], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"tar://.*installed: .*list.*toy"):
-        find_source("tar://cats")
-    result = CliRunner().invoke(program.app, ["data", "inspect", "tar://cats"])
-    assert result.exit_code == 2 and "tar://" in result.output
+    with pytest.raises(DataError, match=r"mds://.*installed: .*list.*toy"):
+        find_source("mds://cats")
+    result = CliRunner().invoke(program.app, ["data", "inspect", "mds://cats"])
+    assert result.exit_code == 2 and "mds://" in result.output
     (tmp_path / "toy.json").write_text("[]")
     SOURCES.register("other")(type("Other", (toy,), {}))
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.crops import Cutting, auto_size, draw_cut, plan_cuts
 from dreamfleet.datasets.images.smart_crop import place_box
+from dreamfleet.datasets.processing.runner import Workers
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.datasets.tools.prepare import MANIFEST, Preparing, name_of, prepare, save_points
+from dreamfleet.datasets.tools.prepare import MANIFEST, prepare
+from dreamfleet.datasets.tools.prepare_options import Preparing, name_of
 
 
 def run(*words: Any) -> Any:
@@ -156,7 +157,7 @@ def test_captions_and_masks_are_copied_and_the_input_is_unchanged(tmp_path: Path
 def test_processes_are_deterministic_and_only_new_images_are_processed(tmp_path: Path) -> None:
     source = write_set(tmp_path / "in")
     alone = prepare(str(source), str(tmp_path / "one"), HOW)
-    assert prepare(str(source), str(tmp_path / "two"), HOW, workers=2) == alone
+    assert prepare(str(source), str(tmp_path / "two"), HOW, workers=Workers(2)) == alone
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*"))
     assert files == sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*"))
     for file in files:
@@ -171,13 +172,6 @@ def test_processes_are_deterministic_and_only_new_images_are_processed(tmp_path:
     assert (out / "c.txt").read_text() == "edited by hand"
     assert (out / "b.png").exists()
     assert not list((out / "10_cat").glob("*")) and "10_cat/a.png" not in again["pictures"]
-
-
-def test_the_cost_of_the_manifest_per_image_is_bounded() -> None:
-    for total in (1000, 100_000):
-        points = list(save_points(total))
-        assert points[0] == 64 and sum(points) < 17 * total
-        assert all(after - before <= max(64, before // 16) for before, after in pairwise(points))
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -253,7 +247,7 @@ def test_buckets_are_prepared_inspected_and_tagged(
     source, place = write_set(tmp_path / "in"), s3_server.new_folder()
     Storage(f"{place}/in").upload(source)
     here = prepare(str(source), str(tmp_path / "out"), HOW)
-    assert prepare(f"{place}/in", f"{place}/out", HOW, workers=2) == here
+    assert prepare(f"{place}/in", f"{place}/out", HOW, workers=Workers(2)) == here
     there = Storage(f"{place}/out")
     assert there.read_bytes("10_cat/a.mask.png") == (tmp_path / "out" / "10_cat" / "a.mask.png").read_bytes()
     assert prepare(f"{place}/in", f"{place}/out", HOW) == here

@@ -1,4 +1,4 @@
-"""Captions a folder of images with the Danbooru tags of a WD tagger (SmilingWolf's ONNX models).
+"""Computes the Danbooru tags of images with a WD tagger (SmilingWolf's ONNX models).
 
 Preprocessing follows AUTOMATIC1111's wd14-tagger: the image is centred on a white square, with channels in the order
 BGR and values from 0 to 255. The models return probabilities.
@@ -10,7 +10,6 @@ import csv
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,32 +18,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dreamfleet.datasets.errors import DataError, ModelError, StorageError
-from dreamfleet.datasets.images.images import open_image
+from dreamfleet.datasets.errors import DataError, ModelError
 from dreamfleet.datasets.images.resampling import MOST_RESIZED
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.datasets.tools.tags import (
-    Edit,
-    edit_caption,
-    escape_brackets,
-    read_captions,
-    with_spaces,
-    write_captions,
-)
+from dreamfleet.datasets.tools.tags import escape_brackets, with_spaces
 
 MODEL_FILE, TAGS_FILE = "model.onnx", "selected_tags.csv"
 GENERAL, COPYRIGHT, CHARACTER, RATING = 0, 3, 4, 9  # category numbers in selected_tags.csv
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # in order of preference
 LARGEST_STRIP = 4096  # pixels; images of extreme aspect ratios are first shrunk to this longer side
-EXISTING = ("ignore", "replace", "append", "prepend")
 
 
 @dataclass(frozen=True)
 class Tagging:
     """Options of tagging. `add` and `exclude` are names of the model's tags; thresholds are probabilities.
 
-    `sort` orders tags alphabetically instead of by probability. `existing` decides about images with a caption:
-    `ignore` leaves them unchanged.
+    `sort` orders tags alphabetically instead of by probability.
     """
 
     general_threshold: float = 0.35
@@ -56,14 +45,11 @@ class Tagging:
     confidence: bool = False
     spaces: bool = True
     escape: bool = False
-    existing: str = "ignore"
 
     def __post_init__(self) -> None:
         for threshold in (self.general_threshold, self.character_threshold):
             if not 0 < threshold <= 1:
                 raise DataError(f"threshold {threshold} must be above 0 and at most 1")
-        if self.existing not in EXISTING:
-            raise DataError(f"existing {self.existing!r} does not exist; use one of {', '.join(EXISTING)}")
 
 
 class Tag(NamedTuple):
@@ -71,15 +57,6 @@ class Tag(NamedTuple):
 
     name: str
     category: int
-
-
-class Captioned(NamedTuple):
-    """The result of captioning a folder."""
-
-    captions: dict[str, str]  # captions that were written: name of the image -> text
-    skipped: int  # number of images that already had a caption
-    failed: dict[str, str]  # name of the image -> reason
-    backup: str | None
 
 
 class Tagger:
@@ -98,7 +75,9 @@ class Tagger:
             try:
                 known = onnxruntime.get_available_providers()
                 providers = [name for name in PROVIDERS if name in known]
-                self._session: Any = onnxruntime.InferenceSession(str(model), providers=providers)
+                self._session: Any = onnxruntime.InferenceSession(
+                    str(model), _session_options(onnxruntime), providers=providers
+                )
             except Exception as error:
                 raise ModelError(f"{model} is not a usable ONNX model: {error}") from error
         self._input = self._session.get_inputs()[0]
@@ -117,6 +96,14 @@ class Tagger:
         batch = np.stack([square_of(image, self.side) for image in images])
         parts = [batch[number : number + 1] for number in range(len(batch))] if self._one_by_one else [batch]
         return np.concatenate([self._session.run(None, {self._input.name: part})[0] for part in parts])
+
+
+def _session_options(onnxruntime: Any) -> Any:
+    """Return options with the number of threads that Ray gives an actor; onnxruntime would use all CPUs."""
+    options = onnxruntime.SessionOptions()
+    if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+        options.intra_op_num_threads = int(threads)
+    return options
 
 
 def square_of(image: Image.Image, side: int) -> np.ndarray:
@@ -174,75 +161,14 @@ def choose_tags(probabilities: np.ndarray, tags: Sequence[Tag], how: Tagging) ->
     return [_written(name, scores[name], how) for name in order]
 
 
-def caption_folder(
-    folder: str,
-    tagger: Tagger,
-    how: Tagging,
-    *,
-    out: str | None = None,
-    batch_size: int = 8,
-    caption_column: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Captioned:
-    """Caption the images of a folder: in place, in a .txt file beside each, or into the folder `out`.
+def tagger_of(place: str, how: Tagging) -> Callable[[Sequence[Image.Image]], list[str]]:
+    """Load a tagger; return a function that returns the tags of each RGB image as a comma-separated text."""
+    tagger = Tagger(place)
 
-    With `existing: ignore`, or with `out`, each batch is written immediately, so that rerunning the command continues
-    after an interruption. Changes of existing captions are written at the end, after a backup; see write_captions.
-    """
-    captioned = read_captions(folder, caption_column)
-    files, before = captioned.files, captioned.texts
-    target = Storage(out) if out is not None else files.storage
-    file_of = files.text_file if out is None else files.new_text_file
-    written = set(target.list("", True)) if out is not None else set()
-    done = {name for name in before if file_of(name) in written}
-    if how.existing == "ignore":
-        done |= {name for name, text in before.items() if text is not None}
-    pending = [name for name in before if name not in done]
-    made: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    at_once = out is not None or how.existing == "ignore"
-    for name, found in _tag_all(files.storage, pending, tagger, how, batch_size):
-        if isinstance(found, Exception):
-            failed[name] = str(found).removeprefix(f"{files.storage.path(name)}: ")
-        else:
-            made[name] = _merged(before[name], found, how.existing)
-            if at_once:
-                target.write_text(file_of(name), made[name] + "\n")
-        if progress is not None:
-            progress(len(made) + len(failed), len(pending))
-    backup = None if at_once or not made else write_captions(captioned, made, None)
-    if failed and not made:
-        name, reason = next(iter(failed.items()))
-        raise DataError(f"none of the {len(failed)} images could be read; {name}: {reason}")
-    return Captioned(made, len(done), failed, backup)
+    def describe(images: Sequence[Image.Image]) -> list[str]:
+        return [", ".join(choose_tags(row, tagger.tags, how)) for row in tagger.probabilities(images)]
 
-
-def _tag_all(
-    storage: Storage, names: Sequence[str], tagger: Tagger, how: Tagging, batch_size: int
-) -> Iterator[tuple[str, list[str] | Exception]]:
-    def load(name: str) -> Image.Image | Exception:
-        try:
-            return open_image(storage.read_bytes(name), uri=storage.path(name))
-        except (DataError, StorageError) as error:
-            return error
-
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="tagger") as pool:
-        for start in range(0, len(names), batch_size):
-            loaded = list(zip(names[start:], pool.map(load, names[start : start + batch_size]), strict=False))
-            images = [image for _, image in loaded if isinstance(image, Image.Image)]
-            rows = iter(tagger.probabilities(images) if images else ())
-            for name, image in loaded:
-                if isinstance(image, Image.Image):
-                    yield name, choose_tags(next(rows), tagger.tags, how)
-                else:
-                    yield name, image
-
-
-def _merged(before: str | None, tags: list[str], existing: str) -> str:
-    if existing not in ("append", "prepend") or not before:
-        return ", ".join(tags)
-    edit = Edit(add=tuple(tags)) if existing == "append" else Edit(prepend=tuple(tags))
-    return edit_caption(before, edit)
+    return describe
 
 
 def _written(name: str, score: float, how: Tagging) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -14,14 +15,16 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import DataError, ModelError
+from dreamfleet.datasets.tools.caption_set import caption_set
+from dreamfleet.datasets.tools.captions import Composition
 from dreamfleet.trainers.models.vision.wd_tagger import (
     Tag,
     Tagger,
     Tagging,
-    caption_folder,
     choose_tags,
     read_tags,
     square_of,
+    tagger_of,
 )
 
 SIDE = 16
@@ -40,24 +43,33 @@ def run(*words: Any) -> Any:
     return CliRunner().invoke(program.app, ["data", "caption", *(str(word) for word in words)])
 
 
-def write_tagger(folder: Path, *, batch: int | str = "N", names: int = len(TAGS)) -> Path:
+def write_tagger(
+    folder: Path,
+    *,
+    batch: int | str | None = "N",
+    names: int = len(TAGS),
+    ends: tuple[str, str] = ("input", "output"),
+    header: str = "tag_id,name,category,count",
+) -> Path:
     from onnx import TensorProto, helper, numpy_helper, save
 
     weights = np.zeros((3, len(TAGS)), dtype=np.float32)
     for number, (_, _, channel) in enumerate(TAGS):
         weights[channel, number] = 1 / 255
     nodes = [
-        helper.make_node("ReduceMean", ["input"], ["mean"], axes=[1, 2], keepdims=0),
-        helper.make_node("MatMul", ["mean", "weights"], ["output"]),
+        helper.make_node("ReduceMean", [ends[0]], ["mean"], axes=[1, 2], keepdims=0),
+        helper.make_node("MatMul", ["mean", "weights"], [ends[1]]),
     ]
-    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, SIDE, SIDE, 3])
-    made = helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, len(TAGS)])
+    given = helper.make_tensor_value_info(ends[0], TensorProto.FLOAT, [batch, SIDE, SIDE, 3])
+    made = helper.make_tensor_value_info(ends[1], TensorProto.FLOAT, [batch, len(TAGS)])
     graph = helper.make_graph(nodes, "tagger", [given], [made], [numpy_helper.from_array(weights, "weights")])
     folder.mkdir(parents=True)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     save(model, str(folder / "model.onnx"))
     rows = [f"{number},{name},{category},9" for number, (name, category, _) in enumerate(TAGS[:names])]
-    (folder / "selected_tags.csv").write_text("\n".join(["tag_id,name,category,count", *rows]) + "\n")
+    columns = header.count(",") + 1
+    rows = [",".join(row.split(",")[:columns]) for row in rows]
+    (folder / "selected_tags.csv").write_text("\n".join([header, *rows]) + "\n")
     return folder
 
 
@@ -88,6 +100,45 @@ def test_outputs_are_used_as_probabilities(tmp_path: Path, batch: int | str) -> 
     images = [Image.new("RGB", (32, 32), colour) for colour in ((255, 0, 51), (0, 102, 0))]
     found = tagger.probabilities(images)
     assert np.allclose(found, [[0, 1, 0.2, 0, 1, 1], [0.4, 0, 0, 0.4, 0, 0]], atol=1e-6)
+
+
+# Models: names of input and output and batch axis, as tf2onnx (version 2) and torch (version 3) export them, and the
+# header of selected_tags.csv. The input of all is [batch, 448, 448, 3], float32, BGR, 0 to 255; here it is smaller.
+VERSIONS = {
+    "wd-v1-4-vit-tagger-v2": ("input_1:0", "predictions_sigmoid", "unk__1", "tag_id,name,category,count"),
+    "wd-v1-4-convnext-tagger-v2": (
+        "input_1:0",
+        "predictions_sigmoid",
+        "unk__1",
+        "tag_id,name,category,count",
+    ),
+    "wd-v1-4-convnextv2-tagger-v2": (
+        "input_1:0",
+        "predictions_sigmoid",
+        "unk__1",
+        "tag_id,name,category,count",
+    ),
+    "wd-v1-4-swinv2-tagger-v2": ("input_1:0", "predictions_sigmoid", 1, "tag_id,name,category,count"),
+    "wd-v1-4-moat-tagger-v2": ("input_1:0", "predictions_sigmoid", "unk__1", "tag_id,name,category,count"),
+    "wd-vit-tagger-v3": ("input", "output", "batch_size", "tag_id,name,category,count"),
+    "wd-vit-large-tagger-v3": ("input", "output", "batch_size", "tag_id,name,category,count"),
+    "wd-convnext-tagger-v3": ("input", "output", "batch_size", "tag_id,name,category,count"),
+    "wd-swinv2-tagger-v3": ("input", "output", "batch_size", "tag_id,name,category,count"),
+    "wd-eva02-large-tagger-v3": ("input", "output", "batch_size", "tag_id,name,category,count"),
+    "wd-v1-4-vit-tagger": ("input_1:0", "predictions_sigmoid", None, "tag_id,name,category"),
+}
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_every_version_has_the_same_contract(tmp_path: Path, name: str) -> None:
+    given, made, batch, header = VERSIONS[name]
+    folder = write_tagger(tmp_path / name, batch=batch, ends=(given, made), header=header)
+    tagger = Tagger(str(folder))
+    assert tagger.side == SIDE and [tag.category for tag in tagger.tags] == [row[1] for row in TAGS]
+    images = [Image.new("RGB", (40, 30), colour) for colour in ((255, 0, 0), (0, 0, 255), (0, 255, 0))]
+    tags = tagger_of(str(folder), Tagging(general_threshold=0.7))(images)
+    # 30 of 40 rows are the image, the rest is white: a pure colour has 1, other channels a quarter.
+    assert tags == ["hero (show), red hat", "blue sky", ">_<"]
 
 
 @pytest.mark.parametrize(
@@ -139,8 +190,8 @@ def test_captions_are_written_and_a_second_run_continues(model: Path, tmp_path: 
 def test_existing_captions(model: Path, tmp_path: Path, existing: str, text: str) -> None:
     folder = write_set(tmp_path / "set")
     (folder / "red.txt").write_text("mine")
-    how = Tagging(existing=existing, exclude=("hero_(show)",))
-    made = caption_folder(str(folder), Tagger(str(model)), how)
+    makers = {"wd": functools.partial(tagger_of, str(model), Tagging(exclude=("hero_(show)",)))}
+    made = caption_set(str(folder), makers, Composition(("wd",), frozenset({"wd"}), existing=existing))
     assert (folder / "red.txt").read_text() == text + "\n" and (
         folder / "blue.txt"
     ).read_text() == "blue sky\n"
@@ -166,7 +217,7 @@ def test_a_model_that_is_not_a_tagger_is_an_error(
     with pytest.raises(ModelError, match="ONNX"):
         Tagger(str(tmp_path / "short"))
     with pytest.raises(DataError, match="existing"):
-        Tagging(existing="keep")
+        Composition(("wd",), existing="keep")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ModelError, match=r"dreamfleet\[tag\]"):
         Tagger(str(model))

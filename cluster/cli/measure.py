@@ -1,0 +1,97 @@
+"""The command `data measure`: columns about images, for filters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from dreamfleet.cluster.cli.base import Address, AsJson, Shared, Verbose, counting, print_json, work
+
+
+def measure(
+    source: Annotated[
+        str, typer.Argument(metavar="SET", help="Image set: a folder, or what a source reads.")
+    ],
+    out: Annotated[
+        str, typer.Option(help="Parquet table; an existing one gets more columns.", show_default=False)
+    ],
+    classifier: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER[:LABEL]",
+            help="Probability of a label, by an image classifier of transformers, such as "
+            "watermark=detector:watermark; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    detector: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER[:LABEL]",
+            help="Number of objects of a label, by an object detector of transformers, such as faces=yolos:face; "
+            "repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Least probability of a counted object.")] = 0.5,
+    blur: Annotated[
+        bool, typer.Option("--blur/--no-blur", help="Variance of the Laplacian; low is blurred.")
+    ] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of models.")] = 8,
+    workers: Annotated[int, typer.Option(min=0, help="Number of workers on a cluster; 0 chooses it.")] = 0,
+    address: Address = None,
+    shared: Shared = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure images into a table: blur, and scores of local models (aesthetics, watermarks, faces).
+
+    The table has one row per image with url, sha256 and a column for each measure. Rerunning the command continues.
+    """
+    with work(), counting("images") as progress:
+        from dreamfleet.datasets.errors import DataError
+        from dreamfleet.datasets.tools.annotate import Describe
+        from dreamfleet.datasets.tools.measure import (
+            BLUR,
+            measure_blur,
+            measure_set,
+            parse_model,
+            refuse_names,
+        )
+        from dreamfleet.trainers.driver.data_workers import data_workers
+
+        makers: dict[str, Callable[[], Describe]] = {}
+        places = []
+        if blur:
+            makers[BLUR] = measure_blur
+        if classifier or detector:
+            from dreamfleet.trainers.models.vision.image_scores import Classifier, Detector
+
+            for text in classifier or []:
+                name, place, label = parse_model(text, option="--classifier")
+                makers[name] = functools.partial(Classifier, place, label)
+                places.append(place)
+            for text in detector or []:
+                name, place, label = parse_model(text, option="--detector")
+                makers[name] = functools.partial(Detector, place, label, threshold)
+                places.append(place)
+        if not makers:
+            raise DataError("nothing to measure: give --classifier or --detector, or leave out --no-blur")
+        refuse_names(makers)
+        reads = {"SET": [source], "model": places}
+        with data_workers(
+            address, reads=reads, writes={}, shared=shared or (), count=workers, model=bool(places)
+        ) as here:
+            made = measure_set(source, makers, out, workers=here, batch_size=batch_size, progress=progress)
+    if as_json:
+        print_json(made._asdict())
+        return
+    print(f"measured   {made.new} of {made.images} images")
+    print(f"table      {made.table}")
+    for name, values in made.columns.items():
+        print(f"{name:<10} {', '.join(f'{step}: {value:g}' for step, value in values.items())}")
+    for name, reason in made.failed.items():
+        print(f"skipped    {name}: {reason}")

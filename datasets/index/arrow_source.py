@@ -1,0 +1,169 @@
+"""The source of Arrow files, as Hugging Face's `save_to_disk` writes them: images are read from them by byte ranges."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dreamfleet.datasets.config import MAX_PIXELS
+from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.index.exclusions import BadFile
+from dreamfleet.datasets.index.facts import describe
+from dreamfleet.datasets.index.image_column import (
+    ImageColumn,
+    explain_missing,
+    fact_columns,
+    find_image_column,
+)
+from dreamfleet.datasets.index.listing_cache import cached_listing
+from dreamfleet.datasets.index.shard_files import names_shards, shard_files
+from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, SourceImage
+from dreamfleet.datasets.index.table_rows import RowReader
+from dreamfleet.datasets.storage.node_cache import node_copy
+from dreamfleet.datasets.storage.storage import Storage
+
+SCHEME, SUFFIXES = "arrow", (".arrow",)
+_FILE_MAGIC = b"ARROW1"
+_URI = re.compile(r"arrow://(.*?)#(\d+)-(\d+)(?:#(.*))?", re.DOTALL)
+
+
+class ArrowSource(Source):
+    """Reads `data-00000-of-00004.arrow`, patterns, and folders of Arrow files, also a `DatasetDict` with its splits."""
+
+    def matches(self, url: str) -> bool:
+        """Return whether a URL names Arrow files, or a folder that `save_to_disk` wrote."""
+        marker = os.path.join(url, "dataset_dict.json")
+        return names_shards(url, SUFFIXES) or ("://" not in url and os.path.isfile(marker))
+
+    def scan(self, url: str, options: ScanOptions) -> Listing:
+        """List the image of each row with its caption and the other columns.
+
+        Damaged files and rows are listed as bad. Raises DataError if there is no file, or no column of images.
+        """
+        found = Listing([])
+        files = shard_files(url.removeprefix(f"{SCHEME}://"), SUFFIXES)
+        for listing in options.mapper(partial(scan_file, options=options), files):
+            found.extend(listing)
+        return found
+
+    def read(self, uri: str) -> bytes:
+        """Return the bytes of an image, by its range. Raises StorageError."""
+        match = _URI.fullmatch(uri)
+        if match is None:
+            raise StorageError(f"{uri} is not the URI of an image in an Arrow file")
+        folder, _, name = match[1].rpartition("/")
+        return Storage(folder or "/").read_bytes(name, start=int(match[2]), end=int(match[3]))
+
+
+def scan_file(file: str, options: ScanOptions) -> Listing:
+    """List the images in one Arrow file, from this machine's cache if the file has not changed."""
+    keys = {"source": SCHEME, "column": options.caption_column, "private": options.allow_private}
+    return cached_listing(file, keys, lambda: _scan(file, options))
+
+
+def _scan(file: str, options: ScanOptions) -> Listing:
+    found, number = Listing([]), 0
+    try:
+        with node_copy(file) as path, pa.memory_map(str(path)) as mapped:
+            start = mapped.read_buffer().address  # of the whole file, which is not copied
+            place = range(start, start + mapped.size() + 1)
+            for batch in _batches(mapped):
+                image = find_image_column(batch.schema, file)
+                reader = RowReader(file, fact_columns(batch.schema), options)
+                if image is None and reader.url is None:
+                    raise explain_missing(batch.schema, file)
+                _add(found, batch, image, reader, place=place, first=number + 1)
+                number += batch.num_rows
+    except StorageError as error:
+        found.bad.append(BadFile(file, str(error)))
+    except (pa.ArrowException, OSError) as error:
+        reason = f"damaged in or after row {number + 1} ({str(error).splitlines()[0]}). Write the file again"
+        found.bad.append(BadFile(file, reason))
+    return found
+
+
+def _batches(mapped: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of an Arrow file in either format, without copying them."""
+    mapped.seek(0)
+    is_file = mapped.read(len(_FILE_MAGIC)) == _FILE_MAGIC
+    mapped.seek(0)
+    if is_file:
+        reader = pa.ipc.open_file(mapped)
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        yield from pa.ipc.open_stream(mapped)
+
+
+def _add(
+    found: Listing,
+    batch: pa.RecordBatch,
+    image: ImageColumn | None,
+    reader: RowReader,
+    *,
+    place: range,
+    first: int,
+) -> None:
+    """Add the images of a batch to a listing; ``place``: the addresses in memory of the mapped file."""
+    rows = batch.select(fact_columns(batch.schema)).to_pylist()
+    if image is None:
+        for number, row in enumerate(rows, first):
+            one = reader.image(number, row)
+            (found.bad if isinstance(one, BadFile) else found.images).append(one)  # type: ignore[arg-type]
+        return
+    column = batch.column(image.name)
+    files = image.file_column(column)
+    valid = pc.and_(files.is_valid(), column.is_valid()).to_pylist()
+    has_paths = image.is_struct and column.type.get_field_index("path") >= 0
+    paths = column.field("path").to_pylist() if has_paths else [None] * len(rows)
+    for number, (start, end) in enumerate(_ranges(files, place, reader.table)):
+        name = paths[number] or ""
+        uri = f"{SCHEME}://{reader.table}#{start}-{end}" + (f"#{name}" if name else "")
+        try:
+            if not valid[number]:
+                raise DataError("it holds no image")
+            info = describe(files[number].as_py(), uri=uri, max_pixels=MAX_PIXELS)
+            caption = reader.caption(rows[number])
+        except DataError as error:
+            reason = str(error).removeprefix(f"{uri}: ")
+            found.bad.append(BadFile(uri, f"row {first + number}: {reason}"))
+            continue
+        stem = reader.table.rpartition("/")[2].removesuffix(".arrow")
+        found.images.append(
+            SourceImage(
+                uri,
+                caption,
+                info.sha256,
+                info.width,
+                info.height,
+                bytes=info.bytes,
+                format=info.format,
+                orientation=info.orientation,
+                name=f"{stem}/{name.rpartition('/')[2] or f'{first + number:08d}'}",
+                columns={**reader.facts(rows[number]), "row": first + number},
+            )
+        )
+
+
+def _ranges(files: pa.Array, place: range, where: str) -> list[tuple[int, int]]:
+    """Return the ranges of bytes of the values of a binary array in the file that it was mapped from.
+
+    Raises DataError if they are not in it, because it is compressed.
+    """
+    _, offsets, data = files.buffers()
+    if data is None or data.size == 0:
+        return [(0, 0)] * len(files)
+    if data.address not in place:
+        raise DataError(
+            f"{where} is compressed, so that images cannot be read by ranges. Write it uncompressed"
+        )
+    kind = np.int64 if pa.types.is_large_binary(files.type) else np.int32
+    edges = np.frombuffer(offsets, kind)[files.offset : files.offset + len(files) + 1].astype(np.int64)
+    edges = edges + (data.address - place.start)
+    return list(pairwise(edges.tolist()))

@@ -1,0 +1,87 @@
+"""Test the `data` commands on a local Ray: the same results as in one process, errors of workers, and continuation."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_files import image, put
+from typer.testing import CliRunner
+
+from dreamfleet.cluster.cli import program
+from dreamfleet.datasets.errors import ModelError, RunFailed
+from dreamfleet.datasets.processing.runner import Row, Workers, process
+
+pytestmark = pytest.mark.cluster
+
+
+def run(*words: Any) -> Any:
+    done = CliRunner().invoke(program.app, ["data", *(str(word) for word in words)])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[str]:
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+class Double:
+    """Doubles numbers, and names its process."""
+
+    def __init__(self, broken: str = "") -> None:
+        if broken == "model":
+            raise ModelError("there is no such model")
+        self.broken = broken
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        if self.broken:
+            raise ZeroDivisionError(self.broken)
+        return [{"number": 2 * row["number"], "process": os.getpid()} for row in rows]
+
+
+def test_rows_are_processed_by_tasks_and_actors_in_several_windows(
+    local_ray: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dreamfleet.datasets.processing.runner.WINDOW_ROWS", 20)
+    workers = Workers(2, True, {"CPU": 1.0})
+    rows = [{"number": number} for number in range(30)]
+    for keeps in (False, True):
+        found = list(process(iter(rows), Double, workers, batch_size=4, keeps=keeps))
+        assert sorted(row["number"] for row in found) == list(range(0, 60, 2))
+        assert os.getpid() not in {row["process"] for row in found}
+
+
+def test_errors_of_workers_keep_their_kind(local_ray: str) -> None:
+    workers = Workers(1, True, {"CPU": 1.0})
+    with pytest.raises(ModelError, match="no such model"):
+        list(process([{"number": 1}], functools.partial(Double, "model"), workers, batch_size=1, keeps=True))
+    with pytest.raises(RunFailed, match=r"ZeroDivisionError: lost.* same command"):
+        list(process([{"number": 1}], functools.partial(Double, "lost"), workers, batch_size=1))
+
+
+def test_prepare_on_a_cluster_writes_what_one_process_writes(local_ray: str, tmp_path: Path) -> None:
+    for number in range(9):
+        put(tmp_path, f"in/{number}.png", image(number, size=(40 + number, 30)))
+        put(tmp_path, f"in/{number}.txt", f"number {number}".encode())
+    put(tmp_path, "in/cut.png", image(5, size=(90, 90))[:2000])
+    words = ["prepare", tmp_path / "in", "--size", 16, "--json"]
+    there = run(*words[:2], tmp_path / "there", *words[2:], "--address", local_ray)
+    assert "truncated" in there["pictures"]["cut.png"]["reason"] and len(there["pictures"]) == 10
+    assert (tmp_path / "there" / "3.txt").read_text() == "number 3\n"
+    assert not (tmp_path / "there" / ".in-progress").exists()
+    shards = ["--to", "shards", "--shard-format", "parquet", "--address", local_ray]
+    sharded = run(*words[:2], tmp_path / "shards", *words[2:], *shards)
+    names = {one["outputs"][0]["shard"] for one in sharded["pictures"].values() if one["outputs"]}
+    assert names == {path.name for path in (tmp_path / "shards").glob("*.parquet")} == {"000001.parquet"}
