@@ -1,6 +1,6 @@
 """Applies a function or a model to many rows: in this process, in processes of this machine, or on Ray Data.
 
-`data prepare`, `caption`, `measure`, `inspect` and `cache` run on this module. A row is a dictionary of JSON values.
+`data prepare`, `caption`, `measure` and `cache` run on this module. A row is a dictionary of JSON values.
 """
 
 from __future__ import annotations
