@@ -51,6 +51,9 @@ class RandomEngine:
     def step(self, rates: Any, step: int) -> torch.Tensor:
         return torch.ones(())
 
+    def effective_rates(self) -> dict[str, float]:
+        return {}
+
     def drop_gradients(self) -> None:
         self.random_numbers.pop()  # drawn by the rehearsal
 
