@@ -62,7 +62,7 @@ class LoraKind(ArtifactKind):
         return Usage(what.format("kohya's"), (webui, comfy, diffusers, ours))
 
     def read_back(self, path: Path) -> dict[str, Tensor]:
-        """Return ``LAYER.down``, ``LAYER.up`` and ``LAYER.alpha`` for every layer."""
+        """Return ``LAYER.down``, ``LAYER.up`` and ``LAYER.alpha`` for every layer, and what else it has."""
         import torch
 
         from dreamfleet.trainers.models.formats.lora import read_lora
@@ -71,6 +71,7 @@ class LoraKind(ArtifactKind):
             f"{layer}.{part}": torch.as_tensor(value)
             for layer, matrices in read_lora(path).layers.items()
             for part, value in matrices._asdict().items()
+            if value is not None
         }
 
     def convert(self, source: Path, target: Path) -> Path:

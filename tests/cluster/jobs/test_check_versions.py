@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
+import re
+from importlib.metadata import requires, version
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,8 @@ from dreamfleet.cluster.jobs.versions import read_versions
 from dreamfleet.datasets.errors import ResourceError
 
 NEEDED = [
-    "torch", "ray", "deepspeed", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pyarrow", "s3fs",
-    "numpy", "pillow", "pydantic", "pyyaml", "typer", "rich", "tqdm", "tensorboard", "optuna", "filelock", "packaging",
-    "jinja2",
-]  # fmt: skip
+    re.split(r"[\s\[<>=!~;]", line)[0] for line in requires("dreamfleet") or [] if "extra ==" not in line
+]
 
 
 def node(address: str, **changes: str | None) -> Node:
