@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import tarfile
 from abc import ABC, abstractmethod
@@ -32,7 +31,7 @@ _FEATURES = {
 }
 _SCHEMA = pa.schema(
     [("image", _IMAGE), ("text", pa.string()), ("mask", _IMAGE), ("width", pa.int32()), ("height", pa.int32())],
-    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES | {
+    metadata={"huggingface": json_text({"info": {"features": _FEATURES | {
         "width": {"dtype": "int32", "_type": "Value"}, "height": {"dtype": "int32", "_type": "Value"}
     }}})},
 )  # fmt: skip

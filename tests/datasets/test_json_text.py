@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Files that serialise JSON for a hash, in another program's format, or where only Ray may be imported (versions.py).
 WRITES_ITSELF = {
     "cluster/jobs/check_versions.py", "cluster/jobs/versions.py",
-    "datasets/index/index.py", "datasets/index/labels.py", "datasets/json_text.py", "datasets/serve/latent_files.py",
+    "datasets/index/image_index.py", "datasets/index/labels.py", "datasets/json_text.py", "datasets/serve/encoding.py",
+    "datasets/serve/latent_files.py",
     "datasets/tools/prepare.py", "trainers/batches/class_image_drawing.py", "trainers/models/sampling/infotext.py",
     "trainers/models/pretrained.py",
 }  # fmt: skip
