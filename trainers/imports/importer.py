@@ -27,6 +27,8 @@ class Importer:
     #: human-readable name, and the version whose options the tables list
     title: ClassVar[str]
     version: ClassVar[str]
+    #: kinds of documents that the program writes (json, toml, yaml, command)
+    kinds: ClassVar[tuple[str, ...]] = ("json", "toml", "yaml", "command")
     #: what happens to each setting, by its key (nested keys are joined by dots, with ``*`` for positions in lists)
     rules: ClassVar[Table] = {}
     #: the same for keys that match a pattern (``flow_*``), where ``rules`` has no entry
@@ -44,6 +46,8 @@ class Importer:
 
     def detect(self, document: Document) -> float:
         """Return how likely a document is this program's: above 1 if certain, below 0.5 if it is not."""
+        if document.kind not in self.kinds:
+            return 0.0
         if document.kind == "command" and document.script:
             return 3.0 if document.script in self.scripts else 0.0
         keys = Settings.of(self.flat(document)).found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,15 @@ class Settings:
         return next(
             (item.value for item in self.found.get(key, ()) if not is_off(item.value, UNSET)), default
         )
+
+    def at(self, where: str, default: Any = None) -> Any:
+        """Return the value at one place, such as ``datasets.0.resolution``, else ``default``."""
+        items = self.found.get(general(where), ())
+        return next((item.value for item in items if item.where == where), default)
+
+    def below(self, place: str) -> Callable[..., Any]:
+        """Return :meth:`at` for names below a place, such as ``datasets.0``."""
+        return lambda name, default=None: self.at(f"{place}.{name}", default)
 
     def add(self, key: str, value: Any) -> None:
         """Add a value of a key."""

@@ -20,7 +20,6 @@ from dreamfleet.trainers.imports.rules import Effect, Table, number, plain
 from dreamfleet.trainers.imports.settings import Document, Settings
 
 _TRAINERS = ("sd_trainer", "ui_trainer", "diffusion_trainer", "textual_inversion_trainer", "fine_tune")
-_FAMILIES = ("sd1", "sd2", "sdxl", "sd15", "ssd", "vega")
 _TRAINED = ("sd1", "sd2", "sdxl", "sd15")
 
 
@@ -138,12 +137,7 @@ class AiToolkit(Importer):
         sets = []
         sizes: list[int] = []
         for item in settings.found.get("datasets.*.folder_path", []):
-            place = item.where.rpartition(".")[0]
-
-            def at(name: str, default: Any = None, place: str = place) -> Any:
-                items = settings.found.get(f"datasets.*.{name}", [])
-                return next((each.value for each in items if each.where == f"{place}.{name}"), default)
-
+            at = settings.below(item.where.rpartition(".")[0])
             given = at("resolution", 512)
             sizes += [int(number(size)) for size in (given if isinstance(given, list) else [given])]
             caption = at("default_caption", settings.get("trigger_word"))

@@ -182,6 +182,7 @@ class DiffusersScripts(Importer):
     name: ClassVar[str] = "diffusers"
     title: ClassVar[str] = "diffusers' scripts"
     version: ClassVar[str] = "August 2026"
+    kinds: ClassVar[tuple[str, ...]] = ("command",)
     rules: ClassVar[Table] = RULES
     patterns: ClassVar[Table] = {
         "launcher.*": Gone(Effect.IGNORED, "Ray starts the workers: scaling", (True,)),
@@ -196,8 +197,6 @@ class DiffusersScripts(Importer):
     script = ""
 
     def detect(self, document: Document) -> float:
-        if document.kind != "command":
-            return 0.0
         is_example = document.script.startswith("train_") and document.script not in SCRIPTS
         return super().detect(document) or (0.6 if is_example else 0.0)
 

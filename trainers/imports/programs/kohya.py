@@ -57,6 +57,7 @@ class Kohya(Importer):
     name: ClassVar[str] = "kohya"
     title: ClassVar[str] = "kohya's sd-scripts"
     version: ClassVar[str] = "February 2026"
+    kinds: ClassVar[tuple[str, ...]] = ("toml", "yaml", "command")
     rules: ClassVar[Table] = kohya_keys.RULES
     patterns: ClassVar[Table] = kohya_keys.PATTERNS
     scripts: ClassVar[Mapping[str, str]] = SCRIPTS
@@ -89,11 +90,6 @@ class Kohya(Importer):
         ("dataset_config", "train_data_dir", "the images are named twice"),
         ("use_object_template", "use_style_template", "there is one set of templates"),
     )
-
-    def detect(self, document: Document) -> float:
-        if document.kind == "json":
-            return 0.0
-        return super().detect(document)
 
     def flat(self, document: Document) -> object:
         """Return the options; the program ignores the names of sections in its training config."""

@@ -81,14 +81,14 @@ GUI_RULES: Table = {
         "bypass_mode",
         "rank_dropout_scale",
     ),
-    "lora_network_weights": changes("training starts from the base model", "x")["x"],
+    **changes("training starts from the base model", "lora_network_weights"),
     **joined("one of two forms of noise", "train.noise_offset", "noise_offset_type"),
     "template": To(
         "method.template_file",
         choice({"caption": "filewords", "object template": "object", "style template": "style"}),
     ),
     **joined("options as text", "train", "additional_parameters"),
-    "sdxl_no_half_vae": ignored(SPEED, "x")["x"],
+    **ignored(SPEED, "sdxl_no_half_vae"),
     **ignored(
         SPEED, "sdxl_cache_text_encoder_outputs", "num_cpu_threads_per_process", "gpu_ids", "multi_gpu"
     ),
@@ -128,6 +128,7 @@ class KohyaGui(Kohya):
     name: ClassVar[str] = "kohya-gui"
     title: ClassVar[str] = "the kohya_ss GUI"
     version: ClassVar[str] = "July 2026"
+    kinds: ClassVar[tuple[str, ...]] = ("json",)
     rules: ClassVar[Table] = {**Kohya.rules, **GUI_RULES}
     scripts: ClassVar[Mapping[str, str]] = {}
     markers: ClassVar[frozenset[str]] = frozenset(
@@ -143,11 +144,6 @@ class KohyaGui(Kohya):
     contradictions: ClassVar[Sequence[tuple[str, str, str]]] = tuple(
         pair for pair in Kohya.contradictions if pair[0] != "dataset_config"
     )
-
-    def detect(self, document: Document) -> float:
-        if document.kind != "json":
-            return 0.0
-        return super(Kohya, self).detect(document)
 
     def flat(self, document: Document) -> object:
         """Return the fields, with the options that were given as text."""

@@ -21,14 +21,14 @@ def read_subsets(settings: Settings, draft: Draft) -> list[ImageSet]:
     for item in settings.found.get("datasets.*.subsets.*.image_dir", []):
         place = item.where.rpartition(".")[0]
         dataset = place.partition(".subsets")[0]
-        masks = _at(settings, place, "conditioning_data_dir")
+        masks = settings.at(f"{place}.conditioning_data_dir")
         sets.append(
             ImageSet(
                 item.where,
                 str(item.value),
-                prompt=_at(settings, place, "class_tokens"),
+                prompt=settings.at(f"{place}.class_tokens"),
                 repeats=int(number(_inherited(settings, place, "num_repeats", 1))),
-                is_class=plain(_at(settings, place, "is_reg")) is True,
+                is_class=plain(settings.at(f"{place}.is_reg")) is True,
                 masks=str(masks) if masks else None,
                 options=_own_options(settings, place, draft),
             )
@@ -52,11 +52,9 @@ def with_inherited(settings: Settings) -> Settings:
     Options are those of the folder, its dataset, or [general], in this order. What another folder has instead is kept
     under ``keys.OWN`` and the option if a set of a recipe can have it, else under ``keys.DIFFERENT``, to be reported.
     """
-    folders = [
-        item.where.rpartition(".")[0]
-        for item in settings.found.get("datasets.*.subsets.*.image_dir", [])
-        if plain(_at(settings, item.where.rpartition(".")[0], "is_reg")) is not True
-    ]
+    images = settings.found.get("datasets.*.subsets.*.image_dir", [])
+    every = [item.where.rpartition(".")[0] for item in images]
+    folders = [place for place in every if plain(settings.at(f"{place}.is_reg")) is not True]
     if not folders:
         return settings
     apart = ("resolution", "batch_size", "conditioning_data_dir")
@@ -97,11 +95,6 @@ def _found_at(settings: Settings, place: str, name: str) -> Setting | None:
             if item.where == f"{where}.{name}":
                 return item
     return None
-
-
-def _at(settings: Settings, place: str, name: str) -> Any:
-    key = "datasets.*.subsets.*." + name
-    return next((item.value for item in settings.found.get(key, ()) if item.where == f"{place}.{name}"), None)
 
 
 def _inherited(settings: Settings, place: str, name: str, default: Any) -> Any:

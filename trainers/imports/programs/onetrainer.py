@@ -55,6 +55,7 @@ class OneTrainer(Importer):
     name: ClassVar[str] = "onetrainer"
     title: ClassVar[str] = "OneTrainer"
     version: ClassVar[str] = "August 2026"
+    kinds: ClassVar[tuple[str, ...]] = ("json",)
     rules: ClassVar[Table] = onetrainer_keys.RULES
     patterns: ClassVar[Table] = onetrainer_keys.PATTERNS
     named_files: ClassVar[tuple[str, ...]] = ("concept_file_name", "sample_definition_file_name")
@@ -77,9 +78,6 @@ class OneTrainer(Importer):
     contradictions: ClassVar[Sequence[tuple[str, str, str]]] = (
         ("force_v_prediction", "force_epsilon_prediction", "the model predicts one of them"),
     )
-
-    def detect(self, document: Document) -> float:
-        return super().detect(document) if document.kind == "json" else 0.0
 
     def flat(self, document: Document) -> object:
         """Return the settings; a file that is a list holds concepts (with paths) or samples (with prompts)."""

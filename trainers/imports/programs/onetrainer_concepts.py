@@ -15,11 +15,7 @@ def write_concepts(settings: Settings, draft: Draft) -> None:
     sets, sources = [], set()
     for item in settings.found.get("concepts.*.path", []):
         place = item.where.rpartition(".")[0]
-
-        def at(name: str, default: Any = None, place: str = place) -> Any:
-            items = settings.found.get(f"concepts.*.{name}", [])
-            return next((each.value for each in items if each.where == f"{place}.{name}"), default)
-
+        at = settings.below(place)
         if at("enabled", True) is False:
             draft.leave(item.where, item.value, Effect.IGNORED, "the concept is switched off")
             continue

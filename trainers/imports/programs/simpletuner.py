@@ -14,7 +14,6 @@ from dreamfleet.trainers.imports.programs.common import put_length, put_resoluti
 from dreamfleet.trainers.imports.rules import Effect, Table, is_off, number, plain
 from dreamfleet.trainers.imports.settings import Document, Settings
 
-_FAMILIES = ("sd1x", "sd2x", "sdxl", "kolors", "legacy", "stable_diffusion")
 _TRAINED = ("sd1x", "sd2x", "sdxl")
 
 
@@ -24,6 +23,7 @@ class SimpleTuner(Importer):
     name: ClassVar[str] = "simpletuner"
     title: ClassVar[str] = "SimpleTuner"
     version: ClassVar[str] = "August 2026"
+    kinds: ClassVar[tuple[str, ...]] = ("json",)
     rules: ClassVar[Table] = simpletuner_keys.RULES
     patterns: ClassVar[Table] = simpletuner_keys.PATTERNS
     named_files: ClassVar[tuple[str, ...]] = ("data_backend_config", "lycoris_config")
@@ -56,9 +56,6 @@ class SimpleTuner(Importer):
         inner = content.get("config")
         content = inner if isinstance(inner, dict) else content
         return {key.lstrip("-").replace("-", "_"): value for key, value in content.items()}
-
-    def detect(self, document: Document) -> float:
-        return super().detect(document) if document.kind == "json" else 0.0
 
     def method(self, settings: Settings, documents: Sequence[Document]) -> str:
         family = settings.get("model_family")
@@ -110,11 +107,7 @@ class SimpleTuner(Importer):
         sizes: list[tuple[str, Any, str]] = []
         for item in settings.found.get("backends.*.id", []):
             place = item.where.rpartition(".")[0]
-
-            def at(name: str, default: Any = None, place: str = place) -> Any:
-                items = settings.found.get(f"backends.*.{name}", [])
-                return next((each.value for each in items if each.where == f"{place}.{name}"), default)
-
+            at = settings.below(place)
             if at("dataset_type", "image") in ("text_embeds", "image_embeds") or at("disabled") is True:
                 continue
             if at("dataset_type", "image") != "image":

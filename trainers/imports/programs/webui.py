@@ -94,6 +94,7 @@ class WebUI(Importer):
     name: ClassVar[str] = "webui"
     title: ClassVar[str] = "the webui's train tab"
     version: ClassVar[str] = "1.x"
+    kinds: ClassVar[tuple[str, ...]] = ("json",)
     rules: ClassVar[Table] = RULES
     markers: ClassVar[frozenset[str]] = frozenset(
         {"embedding_name", "hypernetwork_name", "data_root", "gradient_step"}
@@ -102,9 +103,6 @@ class WebUI(Importer):
 
     def method(self, settings: Settings, documents: Sequence[Document]) -> str:
         return "hypernetwork" if settings.has("hypernetwork_name") else "textual_inversion"
-
-    def detect(self, document: Document) -> float:
-        return super().detect(document) if document.kind == "json" else 0.0
 
     def finish(self, settings: Settings, draft: Draft) -> None:
         name = settings.get("hypernetwork_name", settings.get("embedding_name", "imported"))
