@@ -19,7 +19,7 @@ class PathMap:
     """Translates paths; ``missing`` collects those that do not exist on this machine, by their place.
 
     ``pairs`` are the (old, new) prefixes of ``--map``. ``folders`` are the folders that relative paths may start
-    at: those of the imported files, and the current one. ``base`` is the folder of the recipe to be written.
+    at: those of the imported files, and the current one.
     """
 
     pairs: Sequence[tuple[str, str]] = ()

@@ -56,25 +56,18 @@ class Imported:
         }
 
 
-def import_files(
-    files: Sequence[str], *, maps: Sequence[str] = (), program: str | None = None, base: str | None = None
-) -> Imported:
+def import_files(files: Sequence[str], *, maps: Sequence[str] = (), program: str | None = None) -> Imported:
     """Translate files that are together one config of another trainer.
 
-    ``maps``: ``OLD=NEW`` beginnings of paths; ``program``: the name of the importer, else it is recognised; ``base``:
-    the folder of the recipe to be written. Raises UserError for files of no known program, for contradictory settings,
-    and for a method that does not exist here.
+    ``maps``: ``OLD=NEW`` beginnings of paths; ``program``: the name of the importer, else it is recognised. Raises
+    UserError for files of no known program, for contradictory settings, and for a method that does not exist here.
     """
     documents = [read_document(file) for file in files]
-    return import_documents(documents, maps=maps, program=program, base=base)
+    return import_documents(documents, maps=maps, program=program)
 
 
 def import_documents(
-    documents: Sequence[Document],
-    *,
-    maps: Sequence[str] = (),
-    program: str | None = None,
-    base: str | None = None,
+    documents: Sequence[Document], *, maps: Sequence[str] = (), program: str | None = None
 ) -> Imported:
     """Translate parsed files as :func:`import_files` does."""
     _refuse_recipe(documents)
