@@ -47,10 +47,6 @@ class History:
         """Repeat the edit that was undone last; return its rows."""
         return self._move(self.undone, self.done, 1)
 
-    def forget(self) -> None:
-        """Drop the history: what was written to files is not undone."""
-        self.done, self.undone = [], []
-
     def _move(self, source: list[Any], target: list[Any], side: int) -> list[int]:
         if not source:
             return []

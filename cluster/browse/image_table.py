@@ -86,9 +86,7 @@ class ImageTable:
     def copies(self) -> np.ndarray:
         """The group number of each image among identical files, from 1 on; 0 for images without copies."""
         codes = self.sha256.combine_chunks().dictionary_encode().indices.to_numpy()
-        groups = np.bincount(codes) > 1
-        numbers = np.where(groups, np.cumsum(groups), 0)
-        return np.asarray(numbers[codes], np.int64)
+        return _number_groups(codes)
 
     @cached_property
     def near(self) -> np.ndarray:
@@ -103,9 +101,7 @@ class ImageTable:
         leaders = np.array(
             [row if kept is True else rows[str(kept).removeprefix("of ")] for row, kept in enumerate(found)]
         )
-        groups = np.bincount(leaders, minlength=len(self)) > 1
-        numbers = np.where(groups, np.cumsum(groups), 0)
-        return np.asarray(numbers[leaders], np.int64)
+        return _number_groups(leaders)
 
     def set_edits(self, changes: Mapping[int, Edit]) -> None:
         """Apply edits by row and store them. Raises DataError or StorageError, and then changes nothing."""
@@ -168,6 +164,13 @@ class ImageTable:
         sizes = sorted(set(of_pairs))
         numbers = np.array([sizes.index(size) for size in of_pairs], np.int64)
         return numbers[codes.reshape(-1)], sizes
+
+
+def _number_groups(codes: np.ndarray) -> np.ndarray:
+    """Return the number of each element's group, from 1 on, where equal codes are a group; 0 for single ones."""
+    groups = np.bincount(codes) > 1
+    numbers = np.where(groups, np.cumsum(groups), 0)
+    return np.asarray(numbers[codes], np.int64)
 
 
 def load_table(
