@@ -10,9 +10,19 @@ function make(tag, text = "", properties = {}) {
   return Object.assign(made, properties);
 }
 
-function say(text) { at("status").textContent = text; }
+// Shows a message above an open dialog, which hides the rest of the page.
+function toFront(message) {
+  const place = document.querySelector("dialog[open]") || document.body;
+  if (message.parentElement !== place) place.prepend(message);
+}
+
+function say(text) {
+  toFront(at("status"));
+  at("status").textContent = text;
+}
 
 function fail(error) {
+  toFront(at("alert"));
   at("alert").textContent = error instanceof TypeError ?
     "The command that serves this page has ended. What you edited before is saved." : error.message;
   at("alert").hidden = false;
@@ -145,11 +155,12 @@ function apply() {
   return load(0, { again: true });
 }
 
-function question(title, label, { second = false, value = "" } = {}) {
+function question(title, label, { second = false, value = "", tags = true } = {}) {
   at("ask-title").textContent = title;
   at("ask-label").textContent = label;
   at("ask-second").hidden = !second;
   at("ask-text").value = value;
+  at("ask-text").setAttribute("list", tags ? "tags" : "");
   at("ask-other").value = "";
   at("ask").returnValue = "no";
   at("ask").showModal();
@@ -184,7 +195,7 @@ const bulk = {
   async replace() { const pair = await question("Rename a tag", "Old tag", { second: true }); if (pair && pair[0]) await change({ replace: pair }); },
   async caption() {
     const one = !everything && chosen.size < 2 && cards.length ? cards[active].row.caption || "" : "";
-    const text = await question("Set the caption", "Caption", { value: one });
+    const text = await question("Set the caption", "Caption", { value: one, tags: false });
     if (text !== null) await change({ caption: text });
   },
   async exclude() { await change({ excluded: true }); },
@@ -257,11 +268,13 @@ async function setMode(next) {
   for (const button of document.querySelectorAll("[data-mode]")) button.setAttribute("aria-pressed", String(button.dataset.mode === mode));
   at("images-view").hidden = mode !== "images";
   at("steps-view").hidden = mode !== "steps";
-  if (mode === "steps") await showSteps(); else await load(start);
+  if (mode === "steps") return showSteps();
+  say("");
+  await load(start);
 }
 
 async function writeFiles() {
-  const yes = await question("Write captions and masks to files?", "Type yes: a changed caption file is copied to a hidden folder first. Crops, focus points and exclusions stay in the table");
+  const yes = await question("Write captions and masks to files?", "Type yes to write them. Each changed caption file is copied to a hidden folder first; crops, focus points and exclusions stay in the table", { tags: false });
   if (yes?.trim().toLowerCase() !== "yes") return;
   const { written } = await ask("write");
   await load(start, { again: true });

@@ -226,11 +226,13 @@ function maskLater() { later(() => ({ mask: maskFile() })); }
 
 // ---- buttons and fields ----------------------------------------------------------------------------------
 
+function isCaptionNew() { return at("caption").value.trim() !== (current.caption || ""); }
+
 async function go(by) {
   await flush();
   const rows = cards.map(made => made.row.row), k = rows.indexOf(current.row) + by;
-  if (at("caption").value.trim() !== (current.caption || "")) await save({ caption: at("caption").value });
-  if (k < 0 || k >= rows.length) return say("The last image of this page");
+  if (isCaptionNew()) await save({ caption: at("caption").value });
+  if (k < 0 || k >= rows.length) return say(`The ${k < 0 ? "first" : "last"} image of this page`);
   move(k, false);
   await openEditor(rows[k]);
 }
@@ -277,7 +279,7 @@ at("editor").addEventListener("keydown", event => {
 });
 at("editor").addEventListener("close", run(async () => {
   await flush();
-  if (current && at("caption").value.trim() !== (current.caption || "")) await change({ caption: at("caption").value }, { rows: [current.row] });
+  if (current && isCaptionNew()) await change({ caption: at("caption").value }, { rows: [current.row] });
   if (mode === "images" && cards.length) cards[active].focus();
   else if (mode === "steps") await showSteps();
 }));
