@@ -50,10 +50,7 @@ def browse(
     their files are not changed without --write-back. The page is usable by keyboard: ? lists the keys.
     """
     with work():
-        changes = list(overrides or [])
-        changes += [f"data.resolution={resolution}"] if resolution is not None else []
-        changes += ["data.enable_bucket=true"] if buckets else []
-        recipe, excluded = read_input(place, changes)
+        recipe, excluded = read_input(place, overrides, resolution=resolution, buckets=buckets)
         if write_back:
             found = _write_back(recipe, excluded)
         else:

@@ -50,10 +50,7 @@ def inspect(
     with work(), counting("images") as progress:
         from dreamfleet.datasets.tools.inspect import survey
 
-        changes = list(overrides or [])
-        changes += [f"data.resolution={resolution}"] if resolution is not None else []
-        changes += ["data.enable_bucket=true"] if buckets else []
-        recipe, excluded = read_input(folder, changes)
+        recipe, excluded = read_input(folder, overrides, resolution=resolution, buckets=buckets)
         name, count = _token_counter(str(recipe.model.pretrained_model_name_or_path))
         found = survey(
             recipe.data,
@@ -79,12 +76,20 @@ def _write_page(file: Path, found: Survey, *, title: str) -> None:
     Storage(place.parent).write_text(place.name, render_survey(found, _facts(found), title=title))
 
 
-def read_input(place: str, changes: list[str]) -> tuple[Recipe, dict[str, str]]:
-    """Return the recipe, or one for the folder, and the folders of images that are not training images."""
+def read_input(
+    place: str, overrides: list[str] | None, *, resolution: int | None, buckets: bool
+) -> tuple[Recipe, dict[str, str]]:
+    """Return the recipe, or one for the folder, and the folders of images that are not training images.
+
+    ``resolution`` and ``buckets`` are the options of the command; they take precedence over ``overrides``.
+    """
     from dreamfleet.datasets.storage.object_store import is_address
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.recipe import build_recipe, load_recipe, read_overrides
 
+    changes = list(overrides or [])
+    changes += [f"data.resolution={resolution}"] if resolution is not None else []
+    changes += ["data.enable_bucket=true"] if buckets else []
     if place.endswith((".yaml", ".yml")):
         recipe = load_recipe(place, changes)
         return recipe, recipe.excluded_folders
