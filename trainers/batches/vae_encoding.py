@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,20 +55,21 @@ def encode_cuts(cuts: Sequence[np.ndarray], model: DiffusionModel) -> dict[str, 
 
 
 def encode_all(cuts: Sequence[np.ndarray], model: DiffusionModel) -> list[dict[str, np.ndarray]]:
+    """Encode images of any sizes as :func:`encode_each` does; return for each image its arrays by name."""
+    return [{name: values.numpy() for name, values in found.items()} for found in encode_each(cuts, model)]
+
+
+def encode_each(cuts: Iterable[np.ndarray], model: DiffusionModel) -> Iterator[dict[str, Tensor]]:
     """Encode images of any sizes from :func:`read_cut`; neighbours of equal size are encoded together.
 
-    Returns for each image its arrays by name: ``mean`` and ``std`` ``[C, h, w]``, and ``mask`` if it has weights.
+    Yields for each image its tensors by name: ``mean`` and ``std`` ``[C, h, w]``, and ``mask`` if it has weights. Takes
+    the images of one batch at a time.
     """
-    made: list[dict[str, np.ndarray]] = []
     for shape, group in itertools.groupby(cuts, key=lambda cut: cut.shape):
-        same, batch = list(group), encode_batch(shape[0] * shape[1])
-        for start in range(0, len(same), batch):
-            found = encode_cuts(same[start : start + batch], model)
-            made += [
-                {name: values[row].numpy() for name, values in found.items()}
-                for row in range(len(found["mean"]))
-            ]
-    return made
+        while batch := list(itertools.islice(group, encode_batch(shape[0] * shape[1]))):
+            found = encode_cuts(batch, model)
+            for row in range(len(batch)):
+                yield {name: values[row] for name, values in found.items()}
 
 
 @torch.no_grad()
@@ -104,15 +105,10 @@ def encode_index(
 
     def encode_mine() -> None:
         mine = sorted(distributed.share(len(jobs)), key=lambda number: sizes[number])
-        for (width, height), group in itertools.groupby(mine, key=lambda number: sizes[number]):
-            numbers, batch = list(group), encode_batch(width * height)
-            for start in range(0, len(numbers), batch):
-                chunk = numbers[start : start + batch]
-                cuts = [read_cut(index, jobs[number], data, enlarged=enlarged) for number in chunk]
-                found = encode_cuts(cuts, model)
-                for name, kept in views.items():
-                    for number, value in zip(chunk, found[name], strict=True):
-                        kept[number].copy_(value)
+        cuts = (read_cut(index, jobs[number], data, enlarged=enlarged) for number in mine)
+        for number, found in zip(mine, encode_each(cuts, model), strict=True):
+            for name, kept in views.items():
+                kept[number].copy_(found[name])
 
     distributed.on_every_rank(encode_mine)
     if distributed.world > 1:  # images of other ranks are zero here, so the sum is exact
