@@ -15,7 +15,7 @@ from torch import Tensor
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images.images import to_tensor_range
-from dreamfleet.datasets.images.masks import ImageView, cut_image, loss_weights
+from dreamfleet.datasets.images.masks import ImageView, cut_for_training, cut_image, loss_weights
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.index.sources import read_image_file, read_mask
 from dreamfleet.trainers.distributed.context import DistributedContext
@@ -127,14 +127,11 @@ def read_cut(index: Index, draw: ImageView, data: DataConfig, *, enlarged: float
     row = index.row(draw.row)
     width, height = draw.size or (data.resolution, data.resolution)
     wide, high = round(width * enlarged), round(height * enlarged)
-    cut = cut_image(
+    cut = cut_for_training(
         read_image_file(row.uri),
         draw._replace(size=(wide, high)),
+        data,
         uri=row.uri,
-        size=data.resolution,
-        resampling=data.image_interpolation_mode,
-        max_pixels=data.max_pixels,
-        weighted=data.alpha_mask,
         mask=read_mask(row.mask) if data.alpha_mask and row.mask else None,
     )
     left, top = (wide - width) // 2, (high - height) // 2
