@@ -66,6 +66,13 @@ class Listing:
     others: Counter[str] = field(default_factory=Counter)
     shared: dict[str, list[str]] = field(default_factory=dict)
 
+    def add(self, one: SourceImage | BadFile) -> None:
+        """Add an image, or the reason why it cannot be used."""
+        if isinstance(one, BadFile):
+            self.bad.append(one)
+        else:
+            self.images.append(one)
+
     def extend(self, other: Listing) -> None:
         """Add the content of another listing."""
         self.images += other.images
