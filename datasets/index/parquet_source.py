@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.column_scan import columns_in, scan_rows
-from dreamfleet.datasets.index.row_group_cache import row_bytes
+from dreamfleet.datasets.index.row_group_cache import ROWS_AT_ONCE, open_parquet, row_bytes
 from dreamfleet.datasets.index.shard_files import names_shards, shard_files
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source
-from dreamfleet.datasets.storage.range_reader import open_ranges
-from dreamfleet.datasets.storage.storage import Storage
 
 SCHEME, SUFFIXES = "parquet", (".parquet",)
-ROWS_AT_ONCE = 64
-BUFFER = 2**20  # bytes of a column that are read at once: a whole row group may be larger than the memory
 _URI = re.compile(r"parquet://(.*?)#(\d+)(?:#(.*))?", re.DOTALL)
 
 
@@ -47,7 +38,7 @@ class ParquetSource(Source):
         if match is None:
             raise StorageError(f"{uri} is not the URI of an image in a Parquet file")
         try:
-            return row_bytes(match[1], int(match[2]), opened=opened)
+            return row_bytes(match[1], int(match[2]))
         except DataError as error:
             raise StorageError(str(error)) from error
 
@@ -57,25 +48,12 @@ def scan_file(file: str, options: ScanOptions) -> Listing:
     return scan_rows(file, options, source=SCHEME, add_rows=_add_rows)
 
 
-@contextmanager
-def opened(file: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file whose columns are read in small parts. Raises DataError if it is not one."""
-    folder, _, name = file.rpartition("/")
-    storage = Storage(folder or "/")
-    with open_ranges(storage, name, size=storage.size(name)) as source:
-        try:
-            parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=BUFFER)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file} is not a readable Parquet file ({error}). Write it again") from error
-        yield parquet
-
-
 def _files(url: str) -> list[str]:
     return shard_files(url.removeprefix(f"{SCHEME}://"), SUFFIXES)
 
 
 def _add_rows(found: Listing, file: str, options: ScanOptions) -> None:
-    with opened(file) as parquet:
+    with open_parquet(file) as parquet:
         image, facts, reader = columns_in(parquet.schema_arrow, file, options)
         columns = [*facts, *([image.name] if image else [])]
         batches = parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns)
