@@ -17,7 +17,7 @@ from dreamfleet.datasets.index.column_scan import columns_in, scan_rows
 from dreamfleet.datasets.index.shard_files import names_shards, shard_files
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source
 from dreamfleet.datasets.storage.node_cache import node_copy
-from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.datasets.storage.storage import read_uri
 
 SCHEME, SUFFIXES = "arrow", (".arrow",)
 _FILE_MAGIC = b"ARROW1"
@@ -48,8 +48,7 @@ class ArrowSource(Source):
         match = _URI.fullmatch(uri)
         if match is None:
             raise StorageError(f"{uri} is not the URI of an image in an Arrow file")
-        folder, _, name = match[1].rpartition("/")
-        return Storage(folder or "/").read_bytes(name, start=int(match[2]), end=int(match[3]))
+        return read_uri(match[1], start=int(match[2]), end=int(match[3]))
 
 
 def scan_file(file: str, options: ScanOptions) -> Listing:

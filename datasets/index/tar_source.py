@@ -24,7 +24,7 @@ from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, Sour
 from dreamfleet.datasets.index.table_rows import is_fact
 from dreamfleet.datasets.index.tar_members import Member, members
 from dreamfleet.datasets.storage.range_reader import open_file
-from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.datasets.storage.storage import read_uri
 
 SCHEME, SUFFIXES = "tar", (".tar",)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -57,8 +57,7 @@ class TarSource(Source):
         match = _URI.fullmatch(uri)
         if match is None:
             raise StorageError(f"{uri} is not the URI of an image in a tar file")
-        folder, _, name = match[1].rpartition("/")
-        return Storage(folder or "/").read_bytes(name, start=int(match[2]), end=int(match[3]))
+        return read_uri(match[1], start=int(match[2]), end=int(match[3]))
 
 
 class _Part(NamedTuple):
