@@ -54,7 +54,7 @@ class DataConfig(Section):
     )
     duplicates: Literal["keep", "exact", "near"] = Field(
         default="keep",
-        description="exact: use only the first of identical files; near: also only the first of images whose "
+        description="exact: use only the first of identical files; near: also only the largest of images whose "
         "perceptual hashes differ in at most `near_distance` bits",
     )
     near_distance: int = Field(default=4, ge=0, le=16, description="of 64 bits; for duplicates: near")
@@ -66,7 +66,7 @@ class DataConfig(Section):
     )
     allow_private_urls: bool = Field(
         default=False,
-        description="read images at http(s) addresses of private networks, and at addresses with a login",
+        description="read images at http(s) addresses of private networks",
     )
 
     caption_extension: Annotated[list[str], BeforeValidator(as_list)] = Field(

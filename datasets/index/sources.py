@@ -96,7 +96,7 @@ class ScanOptions:
     excluded: Mapping[str, str] = field(default_factory=dict)
     edits_for: DataConfig | None = None
     mapper: Mapper = in_threads  # scans shards and reads images
-    allow_private: bool = False  # read http(s) addresses of private networks, and those with a login
+    allow_private: bool = False  # read http(s) addresses of private networks
 
 
 class Source(ABC):
