@@ -1,13 +1,12 @@
-"""Measure `data browse` on a generated index: time until the page can be used, filters, and an edit.
+"""Measures `data browse` on a generated index: seconds until the page can be used, for filters, and for an edit.
 
-`python benchmarks/browse.py --rows 100000` writes nothing outside a temporary folder. The rows name 1000 small images
+Seconds, and the MiB of memory that the process grew by; the table is in memory already. The rows name 1000 small images
 that exist, so thumbnails are decoded as usual; indexing itself is measured elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import tempfile
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from measure import write_result
 from PIL import Image
 
 from dreamfleet.cluster.browse.image_table import COLUMNS, ImageTable
@@ -105,5 +105,10 @@ def measure(rows: int) -> dict[str, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    for count in parser.parse_args().rows:
-        print(json.dumps({"rows": count, **measure(count)}), flush=True)
+    numbers = parser.parse_args().rows
+    found = {str(count): measure(count) for count in numbers}
+    write_result(
+        "browse",
+        {"seconds_by_rows": found},
+        how=f"python benchmarks/browse.py --rows {' '.join(map(str, numbers))}",
+    )

@@ -76,7 +76,9 @@ class Photos(Dataset[torch.Tensor]):
     def __getitem__(self, number: int) -> torch.Tensor:
         torch.set_num_threads(1)
         pixels = read(self.paths[number], self.side, self.filter)
-        return torch.from_numpy(to_tensor_range(pixels) if self.as_float else pixels)
+        if self.as_float:
+            return torch.from_numpy(to_tensor_range(pixels))
+        return torch.from_numpy(pixels.copy())  # Pillow's pixels are read-only
 
 
 class Loaders:

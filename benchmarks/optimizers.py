@@ -21,9 +21,10 @@ from torch import Tensor
 
 from dreamfleet.trainers.config.builtin_optimizers import AdamOptions
 from dreamfleet.trainers.config.optimizers import OPTIMIZERS, Optimizer
+from dreamfleet.trainers.optim.weight_optimizer import WeightOptimizer
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Recipe, learning rate of AdamW, and further overrides.
+#: Recipe and learning rate of AdamW, by the name in the results.
 RECIPES: dict[str, tuple[str, float]] = {"lora": ("cat-lora", 1e-3), "dreambooth": ("demo", 2e-4)}
 CONSTANT = ("optimizer.lr_scheduler=constant", "optimizer.lr_warmup_steps=0")
 CAREFUL = ("optimizer.options.safeguard_warmup=true", "optimizer.options.use_bias_correction=true")
@@ -41,30 +42,17 @@ CASES: dict[str, tuple[str, float | None, float, tuple[str, ...]]] = {
 }
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(WeightOptimizer):
     """Muon (Jordan et al. 2024) for matrices and kernels, with the update size of AdamW (arXiv 2502.16982)."""
 
     def __init__(self, params: Any, options: AdamOptions):
         super().__init__(params, {"lr": 0.0, **options.model_dump()})
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step every parameter that has a gradient."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"] = torch.zeros_like(param, requires_grad=False)
-                    if param.dim() < 2:
-                        state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
-                state["step"] += 1
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-                param.add_(self._update(param.grad, state, group), alpha=-group["lr"])
+    def new_state(self, param: Tensor) -> dict[str, Tensor]:
+        names = ("exp_avg",) if param.dim() > 1 else ("exp_avg", "exp_avg_sq")
+        return {name: torch.zeros_like(param, requires_grad=False) for name in names}
 
-    def _update(self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+    def make_update(self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         if gradient.dim() < 2:
             beta1, beta2 = group["betas"]
             steps = float(state["step"])
@@ -87,7 +75,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def train_one(recipe: str, case: str, seed: int, folder: Path, *, steps: int) -> dict[str, Any]:
-    """Train a case; return its held-out losses by step, its last effective rates and the seconds of a step."""
+    """Train a case; return its held-out losses by step, and its effective rate at each logged step."""
     from dreamfleet.trainers.launch import fit
 
     name, usual = RECIPES[recipe]

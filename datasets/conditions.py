@@ -57,9 +57,10 @@ def parse_condition(text: str) -> Node:
     return _Parser(text).parse()
 
 
-def check_condition(text: str) -> None:
-    """Raise ValueError unless a text is a condition."""
+def check_condition(text: str) -> str:
+    """Return a text that is a condition. Raises ValueError otherwise."""
     parse_condition(text)
+    return text
 
 
 def columns_of(node: Node) -> set[str]:

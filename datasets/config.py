@@ -6,12 +6,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dreamfleet.datasets.conditions import check_condition
 from dreamfleet.datasets.config_base import Section, as_list
 from dreamfleet.datasets.path_field import PathField
 from dreamfleet.datasets.set_config import CAPTION_EXTENSIONS as CAPTION_EXTENSIONS
 from dreamfleet.datasets.set_config import Concept as Concept
-from dreamfleet.datasets.set_config import ImageDir, ImageSet, SetOptions, also
+from dreamfleet.datasets.set_config import Condition, ImageDir, ImageSet, SetOptions, also
 
 # Pillow itself rejects larger images (twice its warning limit), so larger values would have no effect.
 MAX_PIXELS = 178_956_970
@@ -46,9 +45,8 @@ class DataConfig(Section):
         description="several image sets of any layout; the keys above are the short form for one",
     )
 
-    where: str | None = Field(
+    where: Condition | None = Field(
         default=None,
-        min_length=1,
         description="images to use, such as `aspect < 2 and tags has 'cat'`; see [Image sets](datasets.md#filters)",
     )
     min_size: int | None = Field(
@@ -56,7 +54,7 @@ class DataConfig(Section):
     )
     duplicates: Literal["keep", "exact", "near"] = Field(
         default="keep",
-        description="exact: use only the first of identical files; near: also only the first of images whose "
+        description="exact: use only the first of identical files; near: also only the largest of images whose "
         "perceptual hashes differ in at most `near_distance` bits",
     )
     near_distance: int = Field(default=4, ge=0, le=16, description="of 64 bits; for duplicates: near")
@@ -68,7 +66,7 @@ class DataConfig(Section):
     )
     allow_private_urls: bool = Field(
         default=False,
-        description="read images at http(s) addresses of private networks, and at addresses with a login",
+        description="read images at http(s) addresses of private networks",
     )
 
     caption_extension: Annotated[list[str], BeforeValidator(as_list)] = Field(
@@ -232,11 +230,6 @@ class DataConfig(Section):
             )
         if repeated := [one.source for one in weighted if one.repeats > 1]:
             raise ValueError(f"sets: {repeated[0]} has both weight and repeats; keep one")
-        if self.where is not None:
-            check_condition(self.where)
-        for one in sets:
-            if one.where is not None:
-                check_condition(one.where)
         return self
 
     def for_set(self, options: SetOptions) -> DataConfig:

@@ -29,3 +29,8 @@ class Section(BaseModel):
 def as_list(value: Any) -> Any:
     """Return a single text as a list with one item, and other values unchanged; a validator for mode "before"."""
     return [value] if isinstance(value, str) else value
+
+
+def split_text(value: Any) -> Any:
+    """Return the items of a text such as ``a, b``, and other values unchanged; a validator for mode "before"."""
+    return [item.strip() for item in value.split(",")] if isinstance(value, str) else value

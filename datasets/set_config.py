@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
+from dreamfleet.datasets.conditions import check_condition
 from dreamfleet.datasets.config_base import Section, as_list
 from dreamfleet.datasets.path_field import PathField
 
@@ -27,6 +28,7 @@ OVERRIDES = (
 
 # must_exist and compared are false because images are checked and compared when they are indexed.
 ImageDir = Annotated[str, PathField("images", must_exist=False, compared=False), Field(min_length=1)]
+Condition = Annotated[str, Field(min_length=1), AfterValidator(check_condition)]
 Rate = Annotated[float | None, Field(ge=0, le=1)]
 
 
@@ -49,9 +51,7 @@ class SetOptions(Section):
         default=None, validation_alias=also("mask_dir", "conditioning_data_dir", "mask_path")
     )
     recursive: bool = Field(default=True, description="whether images in subfolders are used too")
-    where: str | None = Field(
-        default=None, min_length=1, description="as `data.where`, for this set; both apply"
-    )
+    where: Condition | None = Field(default=None, description="as `data.where`, for this set; both apply")
     caption_extension: Annotated[list[str] | None, BeforeValidator(as_list)] = None
     caption_column: str | None = Field(default=None, min_length=1)
     caption_from_filename: bool | None = None

@@ -14,9 +14,8 @@ from typing import Any
 from dreamfleet.datasets.errors import UserError
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.config.optimizers import OPTIMIZERS
 from dreamfleet.trainers.report import formatting
-from dreamfleet.tune.trial_store import Trial, TrialStore
+from dreamfleet.tune.trial_store import Trial, TrialStore, trial_recipe
 
 SUMMARY = "summary.json"
 
@@ -66,11 +65,7 @@ class Retention:
         run = self.store.folder.child(trial.folder)
         before = _size(run)
         try:
-            recipe = self.store.recipe
-            optimizer = OPTIMIZERS.get(str(trial.point.get("optimizer.name", recipe.optimizer.name)))
-            has_ema = bool(trial.point.get("engine.use_ema", recipe.engine.use_ema)) or bool(
-                optimizer.average
-            )
+            has_ema = trial_recipe(self.store.recipe, trial.point, run.path()).keeps_average
             kept = _prune_checkpoints(run, trial.best_step if keeps else None, has_ema=has_ema)
             if not keeps:
                 run.remove("exports")

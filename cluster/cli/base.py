@@ -104,6 +104,12 @@ Shared = Annotated[
         show_default=False,
     ),
 ]
+SetArgument = Annotated[
+    str,
+    typer.Argument(metavar="SET", help="Image set: a folder, local or s3://, or what a source reads."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Batch size of the models.")]
+ModelWorkers = Annotated[int, typer.Option(min=0, help="Number of workers on a cluster; 0 chooses it.")]
 CaptionColumn = Annotated[
     str | None,
     typer.Option(

@@ -14,7 +14,10 @@ import typer
 from dreamfleet.cluster.cli.base import (
     Address,
     AsJson,
+    BatchSize,
     CaptionColumn,
+    ModelWorkers,
+    SetArgument,
     Shared,
     Verbose,
     counting,
@@ -28,10 +31,7 @@ if TYPE_CHECKING:
 
 
 def caption(
-    folder: Annotated[
-        str,
-        typer.Argument(metavar="SET", help="Image set: a folder, local or s3://, or what a source reads."),
-    ],
+    folder: SetArgument,
     tagger: Annotated[
         list[str] | None,
         typer.Option(
@@ -96,7 +96,7 @@ def caption(
         ),
     ] = True,
     escape: Annotated[bool, typer.Option("--escape-brackets", help=r"( becomes \(.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+    batch_size: BatchSize = 8,
     out: Annotated[
         str | None,
         typer.Option(
@@ -107,7 +107,7 @@ def caption(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Write the captions beside the images.")
     ] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Number of workers on a cluster; 0 chooses it.")] = 0,
+    workers: ModelWorkers = 0,
     address: Address = None,
     shared: Shared = None,
     caption_column: CaptionColumn = None,
@@ -121,7 +121,7 @@ def caption(
     """
     with work(), counting("images") as progress:
         from dreamfleet.datasets.errors import DataError
-        from dreamfleet.datasets.tools.caption_set import caption_set
+        from dreamfleet.datasets.tools.caption_set import TABLE, caption_set
         from dreamfleet.trainers.driver.data_workers import data_workers
         from dreamfleet.trainers.models.vision.wd_tagger import Tagging
 
@@ -142,11 +142,12 @@ def caption(
         )
         makers, places = _models(tagger or [], model or [], tagging, prompt, max_tokens)
         how = _composition(makers, tagger or [], template, block or [], blocklist, existing)
-        writes = {"--out": [out] if out and not out.endswith(".parquet") else []}
+        local = [place for place in places if os.path.exists(place)]  # others are on the hub or in a bucket
+        writes = {"--out": [out] if out and not out.endswith(TABLE) else []}
         with data_workers(
             address,
-            reads={"SET": [folder], "model": [place for place in places if _is_local(place)]},
-            writes={} if not out else writes,
+            reads={"SET": [folder], "model": local},
+            writes=writes,
             shared=shared or (),
             count=workers,
             model=True,
@@ -222,8 +223,3 @@ def _named(text: str) -> tuple[str, str]:
     path = PurePath(text.removesuffix("/model.onnx"))
     made = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem if path.suffix == ".onnx" else path.name).strip("-")
     return (made if made[:1].isalpha() else f"m{made}"), text
-
-
-def _is_local(place: str) -> bool:
-    """Return whether a model's place is a path, and no name on the hub."""
-    return "://" not in place and os.path.exists(place)

@@ -8,13 +8,22 @@ from typing import Annotated
 
 import typer
 
-from dreamfleet.cluster.cli.base import Address, AsJson, Shared, Verbose, counting, print_json, work
+from dreamfleet.cluster.cli.base import (
+    Address,
+    AsJson,
+    BatchSize,
+    ModelWorkers,
+    SetArgument,
+    Shared,
+    Verbose,
+    counting,
+    print_json,
+    work,
+)
 
 
 def measure(
-    source: Annotated[
-        str, typer.Argument(metavar="SET", help="Image set: a folder, or what a source reads.")
-    ],
+    source: SetArgument,
     out: Annotated[
         str, typer.Option(help="Parquet table; an existing one gets more columns.", show_default=False)
     ],
@@ -40,8 +49,8 @@ def measure(
     blur: Annotated[
         bool, typer.Option("--blur/--no-blur", help="Variance of the Laplacian; low is blurred.")
     ] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of models.")] = 8,
-    workers: Annotated[int, typer.Option(min=0, help="Number of workers on a cluster; 0 chooses it.")] = 0,
+    batch_size: BatchSize = 8,
+    workers: ModelWorkers = 0,
     address: Address = None,
     shared: Shared = None,
     as_json: AsJson = False,

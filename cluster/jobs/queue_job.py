@@ -36,9 +36,7 @@ from dreamfleet.trainers.driver.session import RaySession
 
 TICK_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0  # so long a run waits for room before it preempts others
-RELEASE_SECONDS = (
-    60.0  # the same after others have made room: Ray takes a while to free what an ended job held
-)
+RELEASE_SECONDS = 60.0  # the same after others made room: Ray frees what they held with a delay
 GROWTH_SECONDS = 300.0  # the same on a cluster that can start machines
 
 Say = Callable[[str], None]

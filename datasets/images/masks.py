@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops
 
-from dreamfleet.datasets.config import MAX_PIXELS
+from dreamfleet.datasets.config import MAX_PIXELS, DataConfig
 from dreamfleet.datasets.images.images import Decoded, decode_image, fit_image, open_with_alpha
 from dreamfleet.datasets.images.resampling import RESAMPLINGS
 
@@ -73,6 +73,25 @@ def cut_image(
         mask=mask,
     )
     return cut_opened(opened, view, size=target, resampling=resampling)
+
+
+def cut_for_training(
+    content: bytes, view: ImageView, data: DataConfig, *, uri: str, mask: Mask | None = None
+) -> np.ndarray:
+    """Decode and crop an image with the options of a `data:` section; return what cut_image returns.
+
+    It is weighted with ``data.alpha_mask``.
+    """
+    return cut_image(
+        content,
+        view,
+        uri=uri,
+        size=data.resolution,
+        resampling=data.image_interpolation_mode,
+        max_pixels=data.max_pixels,
+        weighted=data.alpha_mask,
+        mask=mask,
+    )
 
 
 def open_view(

@@ -12,22 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.errors import DataError, StorageError
-from dreamfleet.datasets.index.exclusions import BadFile
-from dreamfleet.datasets.index.facts import describe
-from dreamfleet.datasets.index.image_column import (
-    ImageColumn,
-    explain_missing,
-    fact_columns,
-    find_image_column,
-)
-from dreamfleet.datasets.index.listing_cache import cached_listing
+from dreamfleet.datasets.index.column_scan import columns_in, scan_rows
 from dreamfleet.datasets.index.shard_files import names_shards, shard_files
-from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, SourceImage
-from dreamfleet.datasets.index.table_rows import RowReader
+from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source
 from dreamfleet.datasets.storage.node_cache import node_copy
-from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.datasets.storage.storage import read_uri
 
 SCHEME, SUFFIXES = "arrow", (".arrow",)
 _FILE_MAGIC = b"ARROW1"
@@ -58,35 +48,22 @@ class ArrowSource(Source):
         match = _URI.fullmatch(uri)
         if match is None:
             raise StorageError(f"{uri} is not the URI of an image in an Arrow file")
-        folder, _, name = match[1].rpartition("/")
-        return Storage(folder or "/").read_bytes(name, start=int(match[2]), end=int(match[3]))
+        return read_uri(match[1], start=int(match[2]), end=int(match[3]))
 
 
 def scan_file(file: str, options: ScanOptions) -> Listing:
     """List the images in one Arrow file, from this machine's cache if the file has not changed."""
-    keys = {"source": SCHEME, "column": options.caption_column, "private": options.allow_private}
-    return cached_listing(file, keys, lambda: _scan(file, options))
+    return scan_rows(file, options, source=SCHEME, add_rows=_add_rows)
 
 
-def _scan(file: str, options: ScanOptions) -> Listing:
-    found, number = Listing([]), 0
-    try:
-        with node_copy(file) as path, pa.memory_map(str(path)) as mapped:
-            start = mapped.read_buffer().address  # of the whole file, which is not copied
-            place = range(start, start + mapped.size() + 1)
-            for batch in _batches(mapped):
-                image = find_image_column(batch.schema, file)
-                reader = RowReader(file, fact_columns(batch.schema), options)
-                if image is None and reader.url is None:
-                    raise explain_missing(batch.schema, file)
-                _add(found, batch, image, reader, place=place, first=number + 1)
-                number += batch.num_rows
-    except StorageError as error:
-        found.bad.append(BadFile(file, str(error)))
-    except (pa.ArrowException, OSError) as error:
-        reason = f"damaged in or after row {number + 1} ({str(error).splitlines()[0]}). Write the file again"
-        found.bad.append(BadFile(file, reason))
-    return found
+def _add_rows(found: Listing, file: str, options: ScanOptions) -> None:
+    number = 0
+    with node_copy(file) as path, pa.memory_map(str(path)) as mapped:
+        start = mapped.read_buffer().address  # of the whole file, which is not copied
+        place = range(start, start + mapped.size() + 1)
+        for batch in _batches(mapped):
+            _add_batch(found, batch, file, options, place=place, first=number + 1)
+            number += batch.num_rows
 
 
 def _batches(mapped: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
@@ -101,52 +78,30 @@ def _batches(mapped: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
         yield from pa.ipc.open_stream(mapped)
 
 
-def _add(
-    found: Listing,
-    batch: pa.RecordBatch,
-    image: ImageColumn | None,
-    reader: RowReader,
-    *,
-    place: range,
-    first: int,
+def _add_batch(
+    found: Listing, batch: pa.RecordBatch, file: str, options: ScanOptions, *, place: range, first: int
 ) -> None:
     """Add the images of a batch to a listing; ``place``: the addresses in memory of the mapped file."""
-    rows = batch.select(fact_columns(batch.schema)).to_pylist()
+    image, facts, reader = columns_in(batch.schema, file, options)
+    rows = batch.select(facts).to_pylist()
     if image is None:
         for number, row in enumerate(rows, first):
-            one = reader.image(number, row)
-            (found.bad if isinstance(one, BadFile) else found.images).append(one)  # type: ignore[arg-type]
+            found.add(reader.image(number, row))
         return
     column = batch.column(image.name)
     files = image.file_column(column)
     valid = pc.and_(files.is_valid(), column.is_valid()).to_pylist()
     has_paths = image.is_struct and column.type.get_field_index("path") >= 0
     paths = column.field("path").to_pylist() if has_paths else [None] * len(rows)
-    for number, (start, end) in enumerate(_ranges(files, place, reader.table)):
-        name = paths[number] or ""
-        uri = f"{SCHEME}://{reader.table}#{start}-{end}" + (f"#{name}" if name else "")
-        try:
-            if not valid[number]:
-                raise DataError("it holds no image")
-            info = describe(files[number].as_py(), uri=uri, max_pixels=MAX_PIXELS)
-            caption = reader.caption(rows[number])
-        except DataError as error:
-            reason = str(error).removeprefix(f"{uri}: ")
-            found.bad.append(BadFile(uri, f"row {first + number}: {reason}"))
-            continue
-        stem = reader.table.rpartition("/")[2].removesuffix(".arrow")
-        found.images.append(
-            SourceImage(
-                uri,
-                caption,
-                info.sha256,
-                info.width,
-                info.height,
-                bytes=info.bytes,
-                format=info.format,
-                orientation=info.orientation,
-                name=f"{stem}/{name.rpartition('/')[2] or f'{first + number:08d}'}",
-                columns={**reader.facts(rows[number]), "row": first + number},
+    for number, (start, end) in enumerate(_ranges(files, place, file)):
+        found.add(
+            reader.stored(
+                first + number,
+                rows[number],
+                files[number].as_py() if valid[number] else None,
+                scheme=SCHEME,
+                place=f"{start}-{end}",
+                path=paths[number] or "",
             )
         )
 

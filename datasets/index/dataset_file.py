@@ -128,6 +128,13 @@ class Found:
         if value is not None and value != own:
             self.differs(key, value, f"is not used: the recipe has data.{recipe_key} {own}. Set it there")
 
+    def whole_repeats(self, key: str, value: float) -> int:
+        """Return a number of uses per epoch as a whole one from 1, and record if it has another effect."""
+        repeats = max(1, round(value))
+        if repeats != value:
+            self.differs(key, value, f"is rounded to {repeats} repeats")
+        return repeats
+
     def concept(self, values: Mapping[str, Any], what: str) -> Concept:
         """Return a concept of the values that are not None. Raises DataError, naming the entry, if one is invalid."""
         try:
@@ -144,6 +151,15 @@ class Found:
                 continue
             _REPORTED.add((self.file, difference))
             log.warning("%s (%s): %s", self.file, self.program, difference)
+
+
+def is_list_of(content: Any, key: str, others: Iterable[str]) -> bool:
+    """Return whether a parsed file is a list of objects that each have a key and one of the others."""
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(one, dict) and key in one and set(others) & set(one) for one in content)
+    )
 
 
 def mapping(value: Any, what: str, file: str) -> Mapping[str, Any]:

@@ -86,15 +86,12 @@ def _concept(root: Storage, folder: str, found: Found) -> Concept:
     what = folder or "."
     found.unused(options, _KNOWN, f"{what}: ")
     multiply = _number(options.get("multiply", 1), f"{what}: multiply", found)
-    repeats = max(1, round(multiply))
-    if repeats != multiply:
-        found.differs(f"{what}: multiply", multiply, f"is rounded to {repeats} repeats")
     dropout = options.get("cond_dropout")
     return found.concept(
         {
             "instance_data_dir": f"{SCHEME}://{root.path(folder) if folder else root.url}",
             "instance_prompt": options.get("main_prompt"),
-            "repeats": repeats,
+            "repeats": found.whole_repeats(f"{what}: multiply", multiply),
             "recursive": False,
             "caption_dropout": None if dropout is None else _number(dropout, f"{what}: cond_dropout", found),
             "shuffle_tags": options.get("shuffle_tags"),

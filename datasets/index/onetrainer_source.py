@@ -7,7 +7,7 @@ from typing import Any
 
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import DataError, StorageError
-from dreamfleet.datasets.index.dataset_file import DatasetFile, Found, mapping, mappings
+from dreamfleet.datasets.index.dataset_file import DatasetFile, Found, is_list_of, mapping, mappings
 from dreamfleet.datasets.storage.storage import read_text
 
 _KNOWN = (
@@ -34,13 +34,7 @@ class OneTrainerSource(DatasetFile):
 
     def recognises(self, content: Any) -> bool:
         """Return whether a JSON file is a list of objects with a path and a text or image section."""
-        return (
-            isinstance(content, list)
-            and bool(content)
-            and all(
-                isinstance(one, dict) and "path" in one and {"text", "image"} & set(one) for one in content
-            )
-        )
+        return is_list_of(content, "path", ("text", "image"))
 
     def read_concepts(self, content: Any, found: Found) -> list[Concept]:
         """Return the enabled training concepts."""
@@ -92,10 +86,7 @@ def _repeats(values: Mapping[str, Any], what: str, found: Found) -> int:
             f"{what}.balancing", balance, "samples per epoch is not used: each image is used once per epoch"
         )
         return 1
-    repeats = max(1, round(balance))
-    if repeats != balance:
-        found.differs(f"{what}.balancing", balance, f"is rounded to {repeats} repeats")
-    return repeats
+    return found.whole_repeats(f"{what}.balancing", balance)
 
 
 def _captions(text: Mapping[str, Any], what: str, found: Found) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Opens image sets, and stores their tables: `index.parquet`, `errors.parquet` and the columns that commands add.
 
 The tables of a set lie in a folder of their own in `data.cache_dir`, otherwise in this machine's cache. Opening a set
-again reads only files that are new or changed since.
+again reads only files that are new or changed since, unless its images are decoded.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import DataError
-from dreamfleet.datasets.index.dataset_file import DatasetFile, Found, mappings
+from dreamfleet.datasets.index.dataset_file import DatasetFile, Found, is_list_of, mappings
 
 _KNOWN = (
     "id", "type", "dataset_type", "instance_data_dir", "aws_bucket_name", "aws_data_prefix", "csv_file",
@@ -31,14 +31,7 @@ class SimpleTunerSource(DatasetFile):
 
     def recognises(self, content: Any) -> bool:
         """Return whether a JSON file is a list of backends."""
-        return (
-            isinstance(content, list)
-            and bool(content)
-            and all(
-                isinstance(one, dict) and "id" in one and {"type", "dataset_type"} & set(one)
-                for one in content
-            )
-        )
+        return is_list_of(content, "id", ("type", "dataset_type"))
 
     def read_concepts(self, content: Any, found: Found) -> list[Concept]:
         """Return a concept for each backend of training images."""

@@ -66,6 +66,13 @@ class Listing:
     others: Counter[str] = field(default_factory=Counter)
     shared: dict[str, list[str]] = field(default_factory=dict)
 
+    def add(self, one: SourceImage | BadFile) -> None:
+        """Add an image, or the reason why it cannot be used."""
+        if isinstance(one, BadFile):
+            self.bad.append(one)
+        else:
+            self.images.append(one)
+
     def extend(self, other: Listing) -> None:
         """Add the content of another listing."""
         self.images += other.images
@@ -89,7 +96,7 @@ class ScanOptions:
     excluded: Mapping[str, str] = field(default_factory=dict)
     edits_for: DataConfig | None = None
     mapper: Mapper = in_threads  # scans shards and reads images
-    allow_private: bool = False  # read http(s) addresses of private networks, and those with a login
+    allow_private: bool = False  # read http(s) addresses of private networks
 
 
 class Source(ABC):

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.image_formats import IMAGE_SUFFIXES
 from dreamfleet.datasets.index.caption_tables import caption_columns, columns_of
 from dreamfleet.datasets.index.exclusions import BadFile, printable
+from dreamfleet.datasets.index.facts import describe
 from dreamfleet.datasets.index.sources import ScanOptions, SourceImage
 from dreamfleet.datasets.index.url_policy import check_url, is_web
 from dreamfleet.datasets.index.url_source import url_uri
@@ -83,6 +85,35 @@ class RowReader:
             columns={**self.facts(row), "row": number},
         )
 
+    def stored(
+        self, number: int, row: Mapping[str, Any], data: bytes | None, *, scheme: str, place: str, path: str
+    ) -> SourceImage | BadFile:
+        """Return the image whose file ``data`` is stored in row ``number``, counted from 1, or why it is not usable.
+
+        The source ``scheme`` reads it again from ``place`` in the table. ``path``: the file's name in the row, if any.
+        """
+        uri = f"{scheme}://{self.table}#{place}" + (f"#{path}" if path else "")
+        try:
+            if data is None:
+                raise DataError("it holds no image")
+            info = describe(data, uri=uri, max_pixels=MAX_PIXELS)
+            caption = self.caption(row)
+        except DataError as error:
+            return BadFile(uri, f"row {number}: " + str(error).removeprefix(f"{uri}: "))
+        stem = self.table.rpartition("/")[2].removesuffix(f".{scheme}")
+        return SourceImage(
+            uri,
+            caption,
+            info.sha256,
+            info.width,
+            info.height,
+            bytes=info.bytes,
+            format=info.format,
+            orientation=info.orientation,
+            name=f"{stem}/{path.rpartition('/')[2] or f'{number:08d}'}",
+            columns={**self.facts(row), "row": number},
+        )
+
     def caption(self, row: Mapping[str, Any]) -> str | None:
         """Return the caption in a row, with one line for each of several. Raises DataError if it is not text."""
         value = next((row[name] for name in self.captions if row.get(name) is not None), None)
@@ -94,7 +125,7 @@ class RowReader:
     def facts(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return the other values of a row that conditions can use: texts, numbers, and lists of texts."""
         used = {self.url, self.mask, *self.captions}
-        facts = {name: value for name, value in row.items() if name not in used and _is_fact(value)}
+        facts = {name: value for name, value in row.items() if name not in used and is_fact(value)}
         return {name: _number(value) for name, value in facts.items()} if self.texts_only else facts
 
     def _address(self, value: Any, what: str) -> str:
@@ -123,7 +154,8 @@ class RowReader:
         return f"the columns {', '.join(self.columns.values())}" if self.columns else "no columns"
 
 
-def _is_fact(value: Any) -> bool:
+def is_fact(value: Any) -> bool:
+    """Return whether conditions can use a value: a text, a number, a boolean, or a list of texts."""
     texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
     return texts or isinstance(value, str | int | float | bool)
 

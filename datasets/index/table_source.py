@@ -52,11 +52,7 @@ class TableSource(Source):
                 if not reader.known.issuperset(row):
                     texts = table.lower().endswith(tuple(DELIMITERS))
                     reader = RowReader(table, [*reader.known, *row], options, texts_only=texts)
-                image = reader.image(number, row)
-                if isinstance(image, BadFile):
-                    found.bad.append(image)
-                else:
-                    found.images.append(image)
+                found.add(reader.image(number, row))
         if not found.images and reader.known:
             reader.require_url()
         return found

@@ -21,9 +21,10 @@ from dreamfleet.datasets.index.facts import describe
 from dreamfleet.datasets.index.listing_cache import cached_listing
 from dreamfleet.datasets.index.shard_files import names_shards, shard_files
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, SourceImage
+from dreamfleet.datasets.index.table_rows import is_fact
 from dreamfleet.datasets.index.tar_members import Member, members
 from dreamfleet.datasets.storage.range_reader import open_file
-from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.datasets.storage.storage import read_uri
 
 SCHEME, SUFFIXES = "tar", (".tar",)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -56,8 +57,7 @@ class TarSource(Source):
         match = _URI.fullmatch(uri)
         if match is None:
             raise StorageError(f"{uri} is not the URI of an image in a tar file")
-        folder, _, name = match[1].rpartition("/")
-        return Storage(folder or "/").read_bytes(name, start=int(match[2]), end=int(match[3]))
+        return read_uri(match[1], start=int(match[2]), end=int(match[3]))
 
 
 class _Part(NamedTuple):
@@ -168,7 +168,7 @@ class _Parts:
             info.format,
             info.orientation,
             f"{os.path.splitext(self.file.rpartition('/')[2])[0]}/{printable(name)}",
-            {name: value for name, value in facts.items() if _is_fact(value)} or None,
+            {name: value for name, value in facts.items() if is_fact(value)} or None,
         )
 
 
@@ -223,11 +223,6 @@ def _caption_in(facts: Mapping[str, Any], column: str | None) -> str:
     value = next((facts[name] for name in names if facts[name]), "")
     lines = value if isinstance(value, list) else [value]
     return "\n".join(line for line in lines if isinstance(line, str)).strip()
-
-
-def _is_fact(value: Any) -> bool:
-    texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
-    return texts or isinstance(value, str | int | float | bool)
 
 
 def _uri(file: str, member: Member) -> str:

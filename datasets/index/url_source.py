@@ -11,7 +11,7 @@ import time
 from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, SourceImage
@@ -25,6 +25,7 @@ MOST_REDIRECTS = 5
 SECONDS = 60.0  # without an answer
 ATTEMPTS, PAUSE = 4, 0.5  # a failed request is repeated after PAUSE seconds, then after twice as many ...
 _DIGEST = 64  # a cached file begins with the hex digits of the hash of the rest
+_KEPT = "/%?&=:@!$'()*+,;~-._[]"  # characters of an address that are not escaped
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _REDIRECTS = {301, 302, 303, 307, 308}
 
@@ -131,7 +132,7 @@ def _request(url: str, *, allow_private: bool) -> tuple[int, Mapping[str, str], 
     try:
         connection.request(
             "GET",
-            target.encode("ascii", "ignore").decode() if target.isascii() else _quoted(target),
+            target if target.isascii() else quote(target, safe=_KEPT),
             headers={"User-Agent": "dreamfleet", "Accept": "*/*", **_login(host)},
         )
         answer = connection.getresponse()
@@ -146,12 +147,6 @@ def _request(url: str, *, allow_private: bool) -> tuple[int, Mapping[str, str], 
     if len(data) > MOST_BYTES:
         raise StorageError(f"cannot read {url}: it has more than {MOST_BYTES:,} bytes")
     return 200, headers, data
-
-
-def _quoted(target: str) -> str:
-    from urllib.parse import quote
-
-    return quote(target, safe="/%?&=:@!$'()*+,;~-._[]")
 
 
 def _login(host: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError, UserError
-from dreamfleet.datasets.images.masks import ImageView, cut_image
+from dreamfleet.datasets.images.masks import ImageView, cut_for_training
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.index.sources import read_image_file, read_mask
 from dreamfleet.datasets.processing.runner import Stage, run_on_ray
@@ -244,9 +244,8 @@ def _cut(job: Job, data: DataConfig) -> np.ndarray:
     seen = hashlib.sha256(content).hexdigest(), hashlib.sha256(mask.data).hexdigest() if mask else ""
     if seen != (job.sha256, job.mask_sha256):
         raise StorageError(f"{job.uri} changed while it was being encoded. Run `dreamfleet data cache` again")
-    view, how = ImageView(0, None, job.flip, job.size), data.image_interpolation_mode
-    options: dict[str, Any] = {"max_pixels": data.max_pixels, "weighted": data.alpha_mask, "mask": mask}
-    return cut_image(content, view, uri=job.uri, size=job.size, resampling=how, **options)
+    view = ImageView(0, None, job.flip, job.size)
+    return cut_for_training(content, view, data, uri=job.uri, mask=mask)
 
 
 def _columns(jobs: Sequence[Job]) -> dict[str, np.ndarray]:

@@ -350,10 +350,13 @@ def _allow(fresh: bool) -> None:
     """Allow a write to a folder without a guard."""
 
 
-def read_uri(uri: str) -> bytes:
-    """Return the content of the file at an absolute local path or bucket address. Raises StorageError."""
+def read_uri(uri: str, *, start: int = 0, end: int | None = None) -> bytes:
+    """Return the content of the file at an absolute local path or bucket address, or a range of its bytes.
+
+    Raises StorageError.
+    """
     folder, _, name = uri.rpartition("/")
-    return Storage(folder or "/").read_bytes(name)
+    return Storage(folder or "/").read_bytes(name, start=start, end=end)
 
 
 def read_text(uri: str) -> str:

@@ -60,12 +60,32 @@ def annotate(
     workers: Workers,
     *,
     batch_size: int,
+    failed: dict[str, str],
+    progress: Callable[[int, int], None],
 ) -> Iterator[Row]:
-    """Yield a row for each image, in any order, as :class:`AnnotateWork` returns it. Raises as `process` does."""
+    """Yield a row of :class:`AnnotateWork` for each image that can be read, in any order. Raises as `process` does.
+
+    The reasons of the other images are added to ``failed`` by name. ``progress`` is called with the numbers of images
+    (done, all of them).
+    """
     rows = ({"name": image.name, "uri": image.uri} for image in images)
     work = functools.partial(AnnotateWork, makers, batch_size=batch_size)
     at_once = max(1, min(AHEAD, -(-len(images) // (batch_size * max(1, workers.count)))))
-    yield from process(rows, work, workers, batch_size=batch_size * at_once, keeps=True)
+    found = process(rows, work, workers, batch_size=batch_size * at_once, keeps=True)
+    progress(0, len(images))
+    for done, row in enumerate(found, 1):
+        if "reason" in row:
+            failed[row["name"]] = row["reason"]
+        else:
+            yield row
+        progress(done, len(images))
+
+
+def refuse_unreadable(failed: Mapping[str, str], images: Sequence[SetImage]) -> None:
+    """Raise DataError if none of a set's images could be read."""
+    if len(failed) == len(images):
+        name, reason = next(iter(failed.items()))
+        raise DataError(f"none of the {len(failed)} images could be read; {name}: {reason}")
 
 
 def _load(row: Row) -> tuple[Image.Image, str] | Exception:

@@ -12,7 +12,7 @@ from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.processing.journal import Journal
 from dreamfleet.datasets.processing.runner import Workers
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.datasets.tools.annotate import Makers, annotate
+from dreamfleet.datasets.tools.annotate import Makers, annotate, refuse_unreadable
 from dreamfleet.datasets.tools.captions import BEFORE, Composition
 from dreamfleet.datasets.tools.image_set import ImageSet, SetImage, list_set
 from dreamfleet.datasets.tools.image_tables import ImageTable
@@ -152,23 +152,18 @@ def caption_set(
     by_name = {image.name: image for image in pending}
     made: dict[str, str] = {}
     failed: dict[str, str] = {}
-    progress(0, len(pending))
     try:
-        for row in annotate(pending, makers, workers, batch_size=batch_size):
+        for row in annotate(
+            pending, makers, workers, batch_size=batch_size, failed=failed, progress=progress
+        ):
             image = by_name[row["name"]]
-            if "reason" in row:
-                failed[image.name] = row["reason"]
-            else:
-                texts = {name: how.cleaned(name, text) for name, text in row["values"].items()}
-                made[image.name] = how.caption({**target.columns_of(image), **texts}, image.caption)
-                target.add(image, row["sha256"], texts, made[image.name])
-            progress(len(made) + len(failed), len(pending))
+            texts = {name: how.cleaned(name, text) for name, text in row["values"].items()}
+            made[image.name] = how.caption({**target.columns_of(image), **texts}, image.caption)
+            target.add(image, row["sha256"], texts, made[image.name])
     finally:
         target.keep()
     backup = target.close()
-    if len(failed) == len(found.images):
-        name, reason = next(iter(failed.items()))
-        raise DataError(f"none of the {len(failed)} images could be read; {name}: {reason}")
+    refuse_unreadable(failed, found.images)
     return Captioned(made, len(found.images) - len(pending), failed, backup)
 
 

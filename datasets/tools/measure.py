@@ -13,7 +13,7 @@ from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.sharpness import laplacian_variance
 from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.processing.runner import Workers
-from dreamfleet.datasets.tools.annotate import Describe, Makers, annotate
+from dreamfleet.datasets.tools.annotate import Describe, Makers, annotate, refuse_unreadable
 from dreamfleet.datasets.tools.image_set import list_set
 from dreamfleet.datasets.tools.image_tables import ImageTable
 
@@ -53,19 +53,14 @@ def measure_set(
     table = ImageTable(out, makers)
     pending = [image for image in found.images if not table.has(image.uri)]
     failed: dict[str, str] = {}
-    progress(0, len(pending))
     try:
-        for done, row in enumerate(annotate(pending, makers, workers, batch_size=batch_size), 1):
-            if "reason" in row:
-                failed[row["name"]] = row["reason"]
-            else:
-                table.add(row["uri"], row["sha256"], row["values"])
-            progress(done, len(pending))
+        for row in annotate(
+            pending, makers, workers, batch_size=batch_size, failed=failed, progress=progress
+        ):
+            table.add(row["uri"], row["sha256"], row["values"])
     finally:
         table.flush()
-    if len(failed) == len(found.images):
-        name, reason = next(iter(failed.items()))
-        raise DataError(f"none of the {len(failed)} images could be read; {name}: {reason}")
+    refuse_unreadable(failed, found.images)
     saved = table.save(image.uri for image in found.images)
     columns = {name: quantiles(saved, name) for name in makers}
     return Measured(table.address, saved.num_rows, len(pending) - len(failed), columns, failed)

@@ -40,7 +40,7 @@ def prepare(
     caption_extension: Sequence[str] = CAPTION_EXTENSIONS,
     caption_column: str | None = None,
     mask_dir: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Prepare the images of the set `source` into the folder `target`, and return the manifest.
 
@@ -61,7 +61,7 @@ def prepare(
     output: Output = FolderOutput(place)
     if shards is not None:
         output = ShardOutput(place, shards.kind, shards.megabytes * 2**20)
-    return _Preparation(found, place, output, how, settings).run(jobs, workers, progress or _no_progress)
+    return _Preparation(found, place, output, how, settings).run(jobs, workers, progress)
 
 
 class _Preparation:
@@ -93,12 +93,12 @@ class _Preparation:
         same = known | {row["name"] for row in checked if row["same"]}
         kept = self._kept(same)
         self.entries = {name: self.before[name] for name in kept}
-        pending = self._grouped([job for job in jobs if job.name not in kept], workers)
+        pending, at_once = self._grouped([job for job in jobs if job.name not in kept], workers)
         done = len(kept)
         progress(done, len(jobs))
         work = functools.partial(PrepareWork, self.output, self.how)
         try:
-            for row in process((job._asdict() for job in pending[0]), work, workers, batch_size=pending[1]):
+            for row in process((job._asdict() for job in pending), work, workers, batch_size=at_once):
                 self.entries[row["name"]] = row["entry"]
                 self.journal.add({**row, "stamp": stamp_of[row["name"]]})
                 done += 1
@@ -210,7 +210,3 @@ def _mean_bytes(jobs: Sequence[Job], how: Preparing) -> float:
 def _spread(jobs: Sequence[Job], count: int) -> Iterator[Job]:
     step = max(1, len(jobs) // count)
     return iter(jobs[::step][:count])
-
-
-def _no_progress(done: int, total: int) -> None:
-    """Ignore progress."""

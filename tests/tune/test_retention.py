@@ -107,6 +107,12 @@ def test_only_the_best_round_of_the_best_trial_is_kept_and_exported(store: Trial
     assert (stored.state.exported, stored.state.freed_bytes) == ({"trial-001": 3}, store.state.freed_bytes)
 
 
+def test_an_optimizer_may_be_searched_under_the_name_of_another_program(store: TrialStore) -> None:
+    store.trial("trial-000").point["optimizer.name"] = "torch.optim.AdamW"
+    Retention(store).after_end(train(store, "trial-000"))
+    assert steps_of(store, "trial-000") == [2]
+
+
 def test_a_better_trial_of_a_resumed_search_replaces_the_exports(store: TrialStore) -> None:
     """A running trial with a better round counts only once it has ended: it may still fail."""
     retention = Retention(store)

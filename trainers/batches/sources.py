@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
-from dreamfleet.datasets.images.masks import ImageView, cut_image
+from dreamfleet.datasets.images.masks import ImageView, cut_for_training
 from dreamfleet.datasets.images.resampling import place_target
 from dreamfleet.datasets.index.index import BadFile, Index
 from dreamfleet.datasets.index.sources import read_image_file, read_mask
@@ -129,16 +129,12 @@ class ResidentPixels:
 
     def take(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
         """Decode, crop and mirror each draw's image as its view requires."""
-        data = self.shown.data
         cuts = [
-            cut_image(
+            cut_for_training(
                 self.files[draw.row],
                 self.shown.of(draw),
+                self.shown.data,
                 uri=self.uris[draw.row],
-                size=data.resolution,
-                resampling=data.image_interpolation_mode,
-                max_pixels=data.max_pixels,
-                weighted=data.alpha_mask,
                 mask=self.masks[draw.row],
             )
             for draw in draws

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from dreamfleet.datasets.buckets import training_sizes
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.images.images import to_tensor_range
-from dreamfleet.datasets.images.masks import ImageView, cut_image, loss_weights
+from dreamfleet.datasets.images.masks import ImageView, cut_for_training, cut_image, loss_weights
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.index.sources import read_image_file, read_mask
 from dreamfleet.trainers.distributed.context import DistributedContext
@@ -55,20 +55,21 @@ def encode_cuts(cuts: Sequence[np.ndarray], model: DiffusionModel) -> dict[str, 
 
 
 def encode_all(cuts: Sequence[np.ndarray], model: DiffusionModel) -> list[dict[str, np.ndarray]]:
+    """Encode images of any sizes as :func:`encode_each` does; return for each image its arrays by name."""
+    return [{name: values.numpy() for name, values in found.items()} for found in encode_each(cuts, model)]
+
+
+def encode_each(cuts: Iterable[np.ndarray], model: DiffusionModel) -> Iterator[dict[str, Tensor]]:
     """Encode images of any sizes from :func:`read_cut`; neighbours of equal size are encoded together.
 
-    Returns for each image its arrays by name: ``mean`` and ``std`` ``[C, h, w]``, and ``mask`` if it has weights.
+    Yields for each image its tensors by name: ``mean`` and ``std`` ``[C, h, w]``, and ``mask`` if it has weights. Takes
+    the images of one batch at a time.
     """
-    made: list[dict[str, np.ndarray]] = []
     for shape, group in itertools.groupby(cuts, key=lambda cut: cut.shape):
-        same, batch = list(group), encode_batch(shape[0] * shape[1])
-        for start in range(0, len(same), batch):
-            found = encode_cuts(same[start : start + batch], model)
-            made += [
-                {name: values[row].numpy() for name, values in found.items()}
-                for row in range(len(found["mean"]))
-            ]
-    return made
+        while batch := list(itertools.islice(group, encode_batch(shape[0] * shape[1]))):
+            found = encode_cuts(batch, model)
+            for row in range(len(batch)):
+                yield {name: values[row] for name, values in found.items()}
 
 
 @torch.no_grad()
@@ -104,15 +105,10 @@ def encode_index(
 
     def encode_mine() -> None:
         mine = sorted(distributed.share(len(jobs)), key=lambda number: sizes[number])
-        for (width, height), group in itertools.groupby(mine, key=lambda number: sizes[number]):
-            numbers, batch = list(group), encode_batch(width * height)
-            for start in range(0, len(numbers), batch):
-                chunk = numbers[start : start + batch]
-                cuts = [read_cut(index, jobs[number], data, enlarged=enlarged) for number in chunk]
-                found = encode_cuts(cuts, model)
-                for name, kept in views.items():
-                    for number, value in zip(chunk, found[name], strict=True):
-                        kept[number].copy_(value)
+        cuts = (read_cut(index, jobs[number], data, enlarged=enlarged) for number in mine)
+        for number, found in zip(mine, encode_each(cuts, model), strict=True):
+            for name, kept in views.items():
+                kept[number].copy_(found[name])
 
     distributed.on_every_rank(encode_mine)
     if distributed.world > 1:  # images of other ranks are zero here, so the sum is exact
@@ -131,14 +127,11 @@ def read_cut(index: Index, draw: ImageView, data: DataConfig, *, enlarged: float
     row = index.row(draw.row)
     width, height = draw.size or (data.resolution, data.resolution)
     wide, high = round(width * enlarged), round(height * enlarged)
-    cut = cut_image(
+    cut = cut_for_training(
         read_image_file(row.uri),
         draw._replace(size=(wide, high)),
+        data,
         uri=row.uri,
-        size=data.resolution,
-        resampling=data.image_interpolation_mode,
-        max_pixels=data.max_pixels,
-        weighted=data.alpha_mask,
         mask=read_mask(row.mask) if data.alpha_mask and row.mask else None,
     )
     left, top = (wide - width) // 2, (high - height) // 2

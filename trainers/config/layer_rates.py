@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from dreamfleet.datasets.config_base import Section
+from dreamfleet.datasets.config_base import Section, split_text
 
 _CURVE = re.compile(r"^(cosine|sine|linear|reverse_linear|zeros)(?:\+(\d+(?:\.\d+)?))?$")
 
@@ -32,10 +32,6 @@ _FactorsOrCurve = Annotated[
     _Factor | Annotated[list[_Factor], Field(min_length=1)] | Annotated[str, Field(pattern=_CURVE.pattern)],
     BeforeValidator(_read_numbers),
 ]
-
-
-def _as_list(value: Any) -> Any:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 class LayerRates(Section):
@@ -62,7 +58,7 @@ class LayerRates(Section):
         description="factor of the learning rate by layer: `{'*.attn2.*': 0.5, unet.down_blocks.0: 0.1}`; a pattern "
         "covers also what is inside of a layer, and the last one that matches counts",
     )
-    freeze_layers: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+    freeze_layers: Annotated[tuple[str, ...], BeforeValidator(split_text)] = Field(
         (), description="layers that are not trained, as patterns: `unet.up_blocks.3, text_encoder.*.mlp.*`"
     )
     loraplus_lr_ratio: float | None = Field(

@@ -35,7 +35,7 @@ def _read_name(value: Any) -> Any:
 
 
 class NoiseConfig(Section):
-    """How noise and timesteps are drawn. Every draw is keyed by (seed, epoch, sample), for each option separately."""
+    """How noise and timesteps are drawn. Every draw is keyed by (seed, epoch, sample)."""
 
     noise_offset: float = Field(
         0.0,

@@ -83,8 +83,7 @@ class OptimizerConfig(Section):
         False,
         validation_alias=AliasChoices("fused_backward", "fused_backward_pass"),
         description="update each parameter during the backward pass and free its gradient at once; needs one worker, "
-        "no "
-        "gradient accumulation and max_grad_norm: 0",
+        "no gradient accumulation and max_grad_norm: 0",
     )
     learning_rate: Rate = Field(
         5e-6,

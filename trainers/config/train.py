@@ -11,6 +11,8 @@ from dreamfleet.trainers.config.loss import LossConfig
 from dreamfleet.trainers.config.noise import NoiseConfig
 
 USUAL_CHECKPOINTING_STEPS = 500
+#: The keys of the recipe that only methods with a denoising loss use.
+DENOISING_KEYS = tuple(f"train.{key}" for key in (*LossConfig.model_fields, *NoiseConfig.model_fields))
 
 
 class StepConfig(Section):
@@ -45,9 +47,8 @@ class StepConfig(Section):
     )
 
 
-class TrainConfig(
-    NoiseConfig, LossConfig, StepConfig
-):  # pydantic lists the keys of the last base class first
+# pydantic lists the keys of the last base class first.
+class TrainConfig(NoiseConfig, LossConfig, StepConfig):
     """The ``train:`` section: length, batches, precision, loss, noise, checkpoints and exports."""
 
     checkpointing_steps: int | None = Field(

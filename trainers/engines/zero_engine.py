@@ -105,9 +105,8 @@ class ZeroEngine(ZeroSpec, Engine):
             largest=max(param.numel() for param in model.parameters()),
             swap_folder=str(self.folder.path) if self.folder is not None else None,
         )
-        config[
-            "zero_allow_untested_optimizer"
-        ] = not optimizer.kind.offloads  # DeepSpeed knows its own and torch's
+        # DeepSpeed knows its own optimizers and torch's.
+        config["zero_allow_untested_optimizer"] = not optimizer.kind.offloads
         with stdout_to_stderr(), step_timeouts(), internals.flattens_on_host():
             if self.stage == 3:
                 self._shard(model, config)

@@ -19,8 +19,7 @@ class Shards:
     ``flats`` are the tensors that DeepSpeed's inner optimizer steps: the parameters themselves (stage 0), or this
     rank's part of all parameters of a group, concatenated (stages 1 to 3). The optimizer's states named in ``moments``
     and EMA weights have the same layout; within :meth:`showing` or :meth:`holding` they are accessed in place of the
-    weights. All ranks must call
-    :meth:`gather` and :meth:`put` for the same parameters in the same order.
+    weights. All ranks must call :meth:`gather` and :meth:`put` for the same parameters in the same order.
     """
 
     def __init__(

@@ -5,7 +5,6 @@ Source: Ruiz et al. 2022 (arXiv 2208.12242); prior preservation is its equation 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,41 +13,22 @@ from dreamfleet.datasets import captions
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.trainers.config.methods.dreambooth import DreamBoothConfig
 from dreamfleet.trainers.methods.base import Sample, Setting
-from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod, Prior
-from dreamfleet.trainers.methods.export_request import Export
-from dreamfleet.trainers.methods.lora_regularization import limit_norms
-from dreamfleet.trainers.methods.whole_model import (
-    export_tuned,
-    learning_parts,
-    part_groups,
-    possible_formats,
-    usual_formats,
-)
+from dreamfleet.trainers.methods.diffusion_method import Prior
+from dreamfleet.trainers.methods.whole_model import WholeModelMethod
 from dreamfleet.trainers.models.family import DiffusionModel
-from dreamfleet.trainers.optim.param_group import ParamGroup
 
 
-class DreamBooth(DiffusionMethod):
+class DreamBooth(WholeModelMethod):
     """Fine-tune the model on a subject, with its details. Exports a whole checkpoint, or a LoRA."""
 
     def __init__(self, config: DreamBoothConfig, model: DiffusionModel, setting: Setting):
-        super().__init__(config, model, setting)
         for concept in setting.concepts:
             if config.with_prior_preservation and not concept.class_prompt:
                 raise RecipeError(
                     "method.with_prior_preservation needs data.class_prompt (what the subject is: 'a photo of a cat') "
                     "for every concept"
                 )
-        self.learning = learning_parts(model, config)
-        self.formats = usual_formats(config)
-
-    @property
-    def all_formats(self) -> tuple[str, ...]:
-        return possible_formats(self.config)
-
-    @property
-    def trains_text(self) -> bool:
-        return self.config.train_text_encoder
+        super().__init__(config, model, setting)
 
     @property
     def prior(self) -> Prior | None:
@@ -62,13 +42,6 @@ class DreamBooth(DiffusionMethod):
             guidance_scale=config.prior_generation_guidance,
             batch_size=config.sample_batch_size,
         )
-
-    def groups(self) -> list[ParamGroup]:
-        return part_groups(self.learning, self.config, self.model)
-
-    def after_step(self) -> None:
-        if self.config.scale_weight_norms is not None:
-            limit_norms(self.model, self.config.scale_weight_norms)
 
     def prompt(self, sample: Sample, rng: np.random.Generator, data: Any) -> str:
         """Return the image's caption, or the concept's prompt (for class images the class prompt).
@@ -85,7 +58,3 @@ class DreamBooth(DiffusionMethod):
             config=data,
             of_subject=sample.role != "class",
         )
-
-    def write(self, order: Export) -> list[Path]:
-        """Write the tuned model as a folder and a single file, or a LoRA in two layouts: see `export_tuned`."""
-        return export_tuned(self.config, self.model, order)

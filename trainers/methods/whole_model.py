@@ -1,4 +1,4 @@
-"""Functions shared by methods that fine-tune the model, in full or by LoRA: trainable parts and exports."""
+"""The base class of methods that fine-tune the model, in full or by LoRA, with its trainable parts and exports."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 from torch import nn
 
 from dreamfleet.trainers.config.methods.whole_model import WholeModelConfig
+from dreamfleet.trainers.methods.base import Setting
+from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.layer_rates import RateByLayer, freeze
-from dreamfleet.trainers.methods.lora_regularization import drop_hidden
+from dreamfleet.trainers.methods.lora_regularization import drop_hidden, limit_norms
 from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.file_names import DIFFUSERS_LORA
 from dreamfleet.trainers.models.formats.lora import LoraFile, write_diffusers_lora
@@ -79,9 +81,33 @@ def learning_parts(model: DiffusionModel, config: WholeModelConfig) -> nn.Module
     return learning
 
 
-def part_groups(learning: nn.ModuleDict, config: WholeModelConfig, model: DiffusionModel) -> list[ParamGroup]:
-    """Return the trainable parameters of each part under the part's name, by learning rate: see `layer_rates`."""
-    return RateByLayer(config, model).groups(learning)
+class WholeModelMethod(DiffusionMethod):
+    """Base class of the methods that train the weights of the model, directly or with a LoRA."""
+
+    def __init__(self, config: WholeModelConfig, model: DiffusionModel, setting: Setting):
+        super().__init__(config, model, setting)
+        self.learning = learning_parts(model, config)
+        self.formats = usual_formats(config)
+
+    @property
+    def all_formats(self) -> tuple[str, ...]:
+        return possible_formats(self.config)
+
+    @property
+    def trains_text(self) -> bool:
+        return self.config.train_text_encoder
+
+    def groups(self) -> list[ParamGroup]:
+        """Return the trainable parameters of each part under the part's name, by learning rate: see `layer_rates`."""
+        return RateByLayer(self.config, self.model).groups(self.learning)
+
+    def after_step(self) -> None:
+        if self.config.scale_weight_norms is not None:
+            limit_norms(self.model, self.config.scale_weight_norms)
+
+    def write(self, order: Export) -> list[Path]:
+        """Write the tuned model as a folder and a single file, or a LoRA in two layouts: see `export_tuned`."""
+        return export_tuned(self.config, self.model, order)
 
 
 def export_tuned(config: WholeModelConfig, model: DiffusionModel, order: Export) -> list[Path]:

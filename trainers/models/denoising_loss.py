@@ -108,13 +108,17 @@ def huber(predicted: Tensor, target: Tensor, step: Step) -> Tensor:
 
     Source: Khrapov et al. 2024 (arXiv 2403.16728), and kohya's ``conditional_loss``.
     """
-    return step.threshold * smooth_l1(predicted, target, step)
+    threshold = step.threshold
+    return threshold * _rounded(predicted - target, threshold)
 
 
 def smooth_l1(predicted: Tensor, target: Tensor, step: Step) -> Tensor:
     """Return ``2 (sqrt(d^2 + c^2) - c)``: ``d^2 / c`` for small d, ``2 |d|`` for large, as kohya's ``smooth_l1``."""
-    threshold = step.threshold
-    return 2 * (torch.sqrt((predicted - target) ** 2 + threshold**2) - threshold)
+    return _rounded(predicted - target, step.threshold)
+
+
+def _rounded(error: Tensor, threshold: Tensor) -> Tensor:
+    return 2 * (torch.sqrt(error**2 + threshold**2) - threshold)
 
 
 # Thresholds by timestep. Source: Khrapov et al. 2024, section 4, and kohya's `get_huber_threshold_if_needed`.

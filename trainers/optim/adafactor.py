@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dreamfleet.trainers.config.builtin_optimizers import AdafactorOptions
+from dreamfleet.trainers.optim.weight_optimizer import WeightOptimizer, as_matrix
 
 EPSILON = 1e-30  # added to squared gradients
 CLIP_THRESHOLD = 1.0  # maximum root mean square of an update
@@ -35,8 +36,8 @@ def clip_rms_(update: Tensor, threshold: float) -> None:
     update.div_((rms / threshold).clamp_(min=1.0))
 
 
-class Adafactor(torch.optim.Optimizer):
-    """Adafactor for float32 weights, without synchronisation with the device.
+class Adafactor(WeightOptimizer):
+    """Adafactor for float32 weights.
 
     A tensor of more than two dimensions is reshaped to ``[first, rest]``. Factored over the last two dimensions, as in
     other implementations, a 3 x 3 convolution would store two thirds of its moments.
@@ -45,36 +46,23 @@ class Adafactor(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # closures are not supported
-        """Step every parameter that has a gradient."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._step(param, param.grad, group)
+    def new_state(self, param: Tensor) -> dict[str, Tensor]:
+        matrix = as_matrix(param)
+        if matrix.dim() < 2:
+            return {"exp_avg_sq": torch.zeros_like(matrix)}
+        rows, columns = matrix.shape
+        return {"exp_avg_sq_row": matrix.new_zeros(rows), "exp_avg_sq_col": matrix.new_zeros(columns)}
 
-    def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        factored = param.dim() > 1
-        grad = grad.flatten(1) if factored else grad
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros(())
-            if factored:
-                state["exp_avg_sq_row"] = grad.new_zeros(grad.shape[0])
-                state["exp_avg_sq_col"] = grad.new_zeros(grad.shape[1])
-            else:
-                state["exp_avg_sq"] = torch.zeros_like(grad)
-        state["step"] += 1
-        fresh = float(state["step"]) ** DECAY  # on the host, as in torch's own optimizers
-        squared = grad.square().add_(EPSILON)
-        if factored:
+    def make_update(self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        gradient = as_matrix(gradient)
+        fresh = float(state["step"]) ** DECAY
+        squared = gradient.square().add_(EPSILON)
+        if gradient.dim() > 1:
             row = state["exp_avg_sq_row"].lerp_(squared.mean(dim=1), fresh)
             column = state["exp_avg_sq_col"].lerp_(squared.mean(dim=0), fresh)
             del squared  # before the update of the same size is allocated
-            update = factored_rsqrt(row, column).mul_(grad)
+            update = factored_rsqrt(row, column).mul_(gradient)
         else:
-            update = state["exp_avg_sq"].lerp_(squared, fresh).rsqrt().mul_(grad)
+            update = state["exp_avg_sq"].lerp_(squared, fresh).rsqrt().mul_(gradient)
         clip_rms_(update, CLIP_THRESHOLD)
-        if group["weight_decay"]:
-            param.mul_(1 - group["lr"] * group["weight_decay"])
-        param.add_(update.view_as(param), alpha=-group["lr"])
+        return update

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dreamfleet.trainers.config.builtin_optimizers import CameOptions
 from dreamfleet.trainers.optim.adafactor import clip_rms_, factored_rsqrt
+from dreamfleet.trainers.optim.weight_optimizer import WeightOptimizer, as_matrix
 
 
 def build(params: list[dict[str, Any]], options: CameOptions) -> Came:
@@ -21,8 +22,8 @@ def build(params: list[dict[str, Any]], options: CameOptions) -> Came:
     return Came(params, options)
 
 
-class Came(torch.optim.Optimizer):
-    """CAME for float32 weights, without synchronisation with the device."""
+class Came(WeightOptimizer):
+    """CAME for float32 weights."""
 
     def __init__(self, params: Iterable[Any], options: CameOptions):
         super().__init__(
@@ -36,46 +37,33 @@ class Came(torch.optim.Optimizer):
             },
         )
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # closures are not supported
-        """Step every parameter that has a gradient."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._step(param, param.grad, group)
+    def new_state(self, param: Tensor) -> dict[str, Tensor]:
+        matrix = as_matrix(param)
+        state = {"exp_avg": torch.zeros_like(matrix)}
+        if matrix.dim() < 2:
+            return state | {"exp_avg_sq": torch.zeros_like(matrix)}
+        rows, columns = matrix.shape
+        for name in ("exp_avg_sq", "exp_avg_res"):
+            state |= {f"{name}_row": matrix.new_zeros(rows), f"{name}_col": matrix.new_zeros(columns)}
+        return state
 
-    def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        factored = param.dim() > 1
-        grad = grad.flatten(1) if factored else grad
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(grad)
-            if factored:
-                for name in ("exp_avg_sq", "exp_avg_res"):
-                    state[f"{name}_row"] = grad.new_zeros(grad.shape[0])
-                    state[f"{name}_col"] = grad.new_zeros(grad.shape[1])
-            else:
-                state["exp_avg_sq"] = torch.zeros_like(grad)
-        state["step"] += 1
+    def make_update(self, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        gradient = as_matrix(gradient)
+        factored = gradient.dim() > 1
         beta1, beta2, beta3 = group["betas"]
         eps, deviation_eps = group["eps"]
-        squared = grad.square().add_(eps)
+        squared = gradient.square().add_(eps)
         if factored:
-            update = _damp(state, "exp_avg_sq", squared, beta2).mul_(grad)
+            update = _damp(state, "exp_avg_sq", squared, beta2).mul_(gradient)
         else:
-            update = state["exp_avg_sq"].lerp_(squared, 1 - beta2).rsqrt().mul_(grad)
+            update = state["exp_avg_sq"].lerp_(squared, 1 - beta2).rsqrt().mul_(gradient)
         del squared  # before another tensor of the same size is allocated
         clip_rms_(update, group["clip_threshold"])
         momentum = state["exp_avg"].lerp_(update, 1 - beta1)
-        if factored:
-            deviation = update.sub_(momentum).square_().add_(deviation_eps)
-            update = _damp(state, "exp_avg_res", deviation, beta3).mul_(momentum)
-        else:
-            update = momentum
-        if group["weight_decay"]:
-            param.mul_(1 - group["lr"] * group["weight_decay"])
-        param.add_(update.view_as(param), alpha=-group["lr"])
+        if not factored:
+            return momentum
+        deviation = update.sub_(momentum).square_().add_(deviation_eps)
+        return _damp(state, "exp_avg_res", deviation, beta3).mul_(momentum)
 
 
 def _damp(state: dict[str, Tensor], name: str, squares: Tensor, beta: float) -> Tensor:

@@ -5,7 +5,7 @@ Source: Chen et al. 2023 (arXiv 2302.06675), algorithm 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dreamfleet.trainers.config.builtin_optimizers import LionOptions
 from dreamfleet.trainers.optim.param_group import split_by_size
+from dreamfleet.trainers.optim.weight_optimizer import WeightOptimizer
 
 
 def build(params: list[dict[str, Any]], options: LionOptions) -> Lion:
@@ -20,7 +21,7 @@ def build(params: list[dict[str, Any]], options: LionOptions) -> Lion:
     return Lion(params, lr=0.0, betas=options.betas, weight_decay=options.weight_decay or 0.0)
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(WeightOptimizer):
     """Lion with decoupled weight decay. The state is one momentum per weight, in the weight's dtype.
 
     Small weights are stepped together, so that the intermediate update takes no more memory than the largest weight.
@@ -29,23 +30,16 @@ class Lion(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], weight_decay: float):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # closures are not supported
-        """Step every parameter that has a gradient."""
-        for group in self.param_groups:
-            for part in split_by_size([param for param in group["params"] if param.grad is not None]):
-                self._step(part, group)
+    def new_state(self, param: Tensor) -> dict[str, Tensor]:
+        return {"exp_avg": torch.zeros_like(param, requires_grad=False)}
 
-    def _step(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def step_weights(self, params: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        for part in split_by_size(params):
+            self._step_part(part, group)
+
+    def _step_part(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
         weights: list[Tensor] = list(params)
         gradients = [param.grad for param in params if param.grad is not None]
-        for param in params:
-            if not self.state[param]:
-                self.state[param] = {
-                    "step": torch.zeros(()),  # on the host, as in torch's own optimizers
-                    "exp_avg": torch.zeros_like(param, requires_grad=False),
-                }
-            self.state[param]["step"] += 1
         momenta = [self.state[param]["exp_avg"] for param in params]
         beta1, beta2 = group["betas"]
         updates = torch._foreach_mul(momenta, beta1)

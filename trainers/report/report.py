@@ -172,11 +172,11 @@ def _figures(folder: RunFolder) -> list[tuple[str, str, str]]:
 
 def _bottleneck(folder: RunFolder) -> str:
     """Return what the stream of images has waited for most of the time; "" if nothing was streamed."""
-    waits = {
-        BOTTLENECKS.get(name): value for name, value in (_get(folder.summary, "data_waits") or {}).items()
+    waits = _get(folder.summary, "data_waits") or {}
+    known = {
+        cause: waits[cause] for cause in BOTTLENECKS if _is_number(waits.get(cause)) and waits[cause] > 0
     }
-    known = {name: value for name, value in waits.items() if name and _is_number(value) and value > 0}
-    return f"; mostly for {max(known, key=lambda name: known[name])}" if known else ""
+    return f"; mostly for {BOTTLENECKS[max(known, key=lambda cause: known[cause])]}" if known else ""
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -88,9 +88,9 @@ def assemble(
 ) -> Parts:
     """Build all parts of a run on this rank; every rank of the run calls it.
 
-        ``begins``: read the file that the recipe starts from, such as ``initial_embedding``; False if a
-        checkpoint is loaded next, which contains it. ``keeps_files``: refuse a run whose files do not fit the disk.
-    ``load`` returns the base model. Raises UserError for faults of the recipe, the images or the model.
+    ``begins``: read the file that the recipe starts from, such as ``initial_embedding``; False if a checkpoint is
+    loaded next, which contains it. ``keeps_files``: refuse a run whose files do not fit the disk. ``load``
+    returns the base model. Raises UserError for faults of the recipe, the images or the model.
     """
     distributed.on_every_rank(lambda: check_machine(recipe, distributed))
     torch.manual_seed(recipe.train.seed)

@@ -111,6 +111,15 @@ def test_contradictory_sets_are_refused(sets: list[dict[str, Any]], reason: str)
         config(*sets)
 
 
+def test_a_condition_is_checked_in_every_section_that_has_one() -> None:
+    for section in (
+        {"instance_data_dir": "/x", "where": "aspect <"},
+        {"concepts_list": [{"instance_data_dir": "/x", "where": "aspect <"}]},
+    ):
+        with pytest.raises(ValidationError, match=r"where\n.*expected a column"):
+            DataConfig.model_validate(section)
+
+
 def test_counts_add_up_and_every_bad_image_is_in_the_errors(tmp_path: Path) -> None:
     place = folder(tmp_path / "set", 6)
     put(tmp_path / "set", "copy.jpg", photo(0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import tiny
 from PIL import Image
+from toy_packages import install_example
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
@@ -239,13 +239,7 @@ def test_a_source_may_describe_several_subjects(folders: tuple[Path, Path], tmp_
 @pytest.fixture
 def installed(tmp_path: Path) -> dict[str, str]:
     """Return the environment variables of a process in which the example is an installed package."""
-    site = tmp_path / "site"
-    info = site / "toy_source-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "toy_source.py").write_text(EXAMPLE.read_text())
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-source\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[dreamfleet.sources]\ntoy = toy_source:ToySource\n")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path)])}
+    return install_example(tmp_path / "site", "toy_source", group="sources", entry="toy = ToySource")
 
 
 def test_an_installed_package_adds_a_source(installed: dict[str, str], tmp_path: Path) -> None:

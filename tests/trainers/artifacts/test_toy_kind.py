@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import runpy
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ import tiny
 import torch
 from artifact_contract import check_kind
 from PIL import Image
+from toy_packages import importing_environment, install_example, load_example
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
@@ -32,16 +30,11 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.export import export_run
 from dreamfleet.trainers.run.run import run_worker
 
-EXAMPLE = "docs/examples/toy_artifact.py"
-
 
 @pytest.fixture
-def toy(root: Path) -> Iterator[Any]:
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The example's module, its kind registered."""
-    spec = importlib.util.spec_from_file_location("toy_artifact", root / EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("toy_artifact", monkeypatch)
     ARTIFACTS.register("table")(module.TableKind)
     yield module
     ARTIFACTS.unregister("table")
@@ -134,24 +127,20 @@ def test_the_recipe_reference_lists_a_registered_kind(root: Path) -> None:
     assert "`.csv`" in row and "`tsv`" in row and "`--artifact`" in row
 
 
-def test_an_installed_package_adds_a_kind(root: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    info = site / "toy_artifact-1.0.dist-info"
-    info.mkdir(parents=True)
-    shutil.copy(root / EXAMPLE, site)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-artifact\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[dreamfleet.artifacts]\ntable = toy_artifact:TableKind\n")
+def test_an_installed_package_adds_a_kind(tmp_path: Path) -> None:
+    installed = install_example(
+        tmp_path / "site", "toy_artifact", group="artifacts", entry="table = TableKind"
+    )
     (tmp_path / "cat.csv").write_text("0.5,1.5\n2.5,-3.5\n")
 
-    def run(*arguments: Any, site: Path | None = site) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site or ""), *filter(None, sys.path)])}
+    def run(*arguments: Any, environment: dict[str, str] = installed) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "dreamfleet.cluster.cli", *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     done = run("convert", tmp_path / "cat.csv", tmp_path / "cat.tsv")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "cat.tsv").read_text().split() == ["0.5", "1.5", "2.5", "-3.5"]
-    refused = run("convert", tmp_path / "cat.csv", tmp_path / "dog.tsv", site=None)
+    refused = run("convert", tmp_path / "cat.csv", tmp_path / "dog.tsv", environment=importing_environment())
     assert refused.returncode == 2 and "embedding" in refused.stderr and "Traceback" not in refused.stderr
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from toy_packages import install_example, load_example
 
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.config.engines import ENGINES
@@ -23,15 +22,11 @@ from dreamfleet.trainers.run.dry_run import check_run
 from dreamfleet.trainers.run.run import run_worker
 
 ROOT = Path(__file__).parents[3]
-EXAMPLE = ROOT / "docs" / "examples" / "toy_engine.py"
 
 
 @pytest.fixture
-def toy() -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("toy_engine", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    module = load_example("toy_engine", monkeypatch)
     yield module.ToyEngine
     ENGINES.unregister("toy")
 
@@ -117,14 +112,8 @@ def test_a_registered_object_must_be_an_engine(tmp_path: Path) -> None:
 
 
 def test_an_installed_package_adds_an_engine_to_command_line_and_docs(tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    info = site / "toy_engine-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "toy_engine.py").write_text(EXAMPLE.read_text())
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-engine\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[dreamfleet.engines]\ntoy = toy_engine:ToyEngine\n")
+    environment = install_example(tmp_path / "site", "toy_engine", group="engines", entry="toy = ToyEngine")
     recipe = tiny.write_recipe(tmp_path / "toy.yaml", toy_tree(tmp_path))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(site)])}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from toy_packages import install_example
 
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.trainers.config.metrics import METRICS, Metric
@@ -109,16 +108,12 @@ def tiny_image(number: int) -> Any:
     return Image.new("RGB", (8, 8), (number, 0, 0))
 
 
-def test_an_installed_package_adds_a_metric(root: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    info = site / "toy_metric-1.0.dist-info"
-    info.mkdir(parents=True)
-    shutil.copy(root / EXAMPLE, site)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-metric\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[dreamfleet.metrics]\nbrightness = toy_metric:BRIGHTNESS\n")
+def test_an_installed_package_adds_a_metric(tmp_path: Path) -> None:
+    environment = install_example(
+        tmp_path / "site", "toy_metric", group="metrics", entry="brightness = BRIGHTNESS"
+    )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(make_tree(tmp_path)))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path)])}
     command = [sys.executable, "-m", "dreamfleet.cluster.cli", "train", str(recipe), "scaling.num_workers=0"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import runpy
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ import torch
 import yaml
 from method_contract import check_method
 from small_runs import assert_same, recipe_tree
+from toy_packages import install_example, load_example
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
@@ -32,19 +30,14 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.run import run_worker
 
-EXAMPLE = "docs/examples/toy_method.py"
 NAME = "anchored_inversion"
 SECTION = {"name": NAME, "placeholder_token": "<toy>", "initializer_token": "cat"}
 
 
 @pytest.fixture
-def toy(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Load the example's module and register its method; yield the module."""
-    spec = importlib.util.spec_from_file_location("toy_method", root / EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "toy_method", module)
-    spec.loader.exec_module(module)
+    module = load_example("toy_method", monkeypatch)
     METHODS.register(NAME)(module.AnchoredInversionConfig)
     yield module
     METHODS.unregister(NAME)
@@ -191,18 +184,12 @@ def test_export_formats_must_be_of_the_artifact_kinds(
             run_worker(build_recipe(make_tree(tmp_path)))
 
 
-def test_an_installed_package_adds_a_method(root: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    info = site / "toy_method-1.0.dist-info"
-    info.mkdir(parents=True)
-    shutil.copy(root / EXAMPLE, site)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-method\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        f"[dreamfleet.methods]\n{NAME} = toy_method:AnchoredInversionConfig\n"
+def test_an_installed_package_adds_a_method(tmp_path: Path) -> None:
+    environment = install_example(
+        tmp_path / "site", "toy_method", group="methods", entry=f"{NAME} = AnchoredInversionConfig"
     )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(make_tree(tmp_path)))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path)])}
     command = [sys.executable, "-m", "dreamfleet.cluster.cli", "train", str(recipe), "scaling.num_workers=0"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from toy_packages import install_example, load_example
 
 from dreamfleet.datasets.errors import RecipeError, UserError
 from dreamfleet.datasets.storage.storage import Storage
@@ -23,15 +22,11 @@ from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.run import run_worker
 
 ROOT = Path(__file__).parents[3]
-EXAMPLE = ROOT / "docs" / "examples" / "toy_optimizer.py"
 
 
 @pytest.fixture
-def toy() -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("toy_optimizer", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    module = load_example("toy_optimizer", monkeypatch)
     OPTIMIZERS.register("nadam")(module.NADAM)
     yield module
     OPTIMIZERS.unregister("nadam")
@@ -72,14 +67,10 @@ def test_its_mistakes_are_recipe_errors(toy: Any, tmp_path: Path) -> None:
 
 
 def test_an_installed_package_adds_an_optimizer(tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    info = site / "toy_optimizer-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "toy_optimizer.py").write_text(EXAMPLE.read_text())
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-optimizer\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[dreamfleet.optimizers]\nnadam = toy_optimizer:NADAM\n")
+    environment = install_example(
+        tmp_path / "site", "toy_optimizer", group="optimizers", entry="nadam = NADAM"
+    )
     recipe = tiny.write_recipe(tmp_path / "toy.yaml", tree(tmp_path))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(site)])}
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'docs')!r}); import write_recipes; print(write_recipes.write())\n"
         f"from dreamfleet.trainers.recipe import load_recipe; print(load_recipe({str(recipe)!r}).optimizer.name)"

@@ -7,10 +7,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
-from dreamfleet.trainers.config.loss import LossConfig
 from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 from dreamfleet.trainers.config.model import HUB_MODEL
-from dreamfleet.trainers.config.noise import NoiseConfig
+from dreamfleet.trainers.config.train import DENOISING_KEYS
 
 Slerp = Literal["off", "channels", "tokens"]
 
@@ -29,9 +28,9 @@ class AestheticGradientsConfig(MethodConfig):
         ),
         "data.cache_dir": "which trains on images, not latents",
         **{
-            f"train.{key}": "which adds no noise"
-            for key in (*LossConfig.model_fields, *NoiseConfig.model_fields)
-            if key not in ("snr_gamma", "noise_offset")  # older recipes may have them
+            key: "which adds no noise"
+            for key in DENOISING_KEYS
+            if key not in ("train.snr_gamma", "train.noise_offset")  # older recipes may have them
         },
     }
     no_plan: ClassVar[str | None] = (

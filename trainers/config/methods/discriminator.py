@@ -9,10 +9,9 @@ from pydantic import Field, model_validator
 
 from dreamfleet.datasets.config import MOST_CLASSES
 from dreamfleet.datasets.path_field import PathField
-from dreamfleet.trainers.config.loss import LossConfig
 from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 from dreamfleet.trainers.config.model import HUB_MODEL
-from dreamfleet.trainers.config.noise import NoiseConfig
+from dreamfleet.trainers.config.train import DENOISING_KEYS
 
 INPUT_SIZE = 384  # default side of the input in pixels, if a file does not specify it
 
@@ -30,10 +29,7 @@ class DiscriminatorConfig(MethodConfig):
         "data.alpha_mask": "which trains on whole images",
         "data.cache_dir": "which trains on images, not latents",
         "train.gradient_checkpointing": "whose ConvNeXt does not support it",
-        **{
-            f"train.{key}": "which adds no noise"
-            for key in (*LossConfig.model_fields, *NoiseConfig.model_fields)
-        },
+        **dict.fromkeys(DENOISING_KEYS, "which adds no noise"),
     }
     not_searched: ClassVar[Mapping[str, str]] = {
         "holdout_per_class": "trials that are measured differently cannot be compared"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.captions import TEMPLATE_SETS
+from dreamfleet.datasets.config_base import split_text
 from dreamfleet.datasets.path_field import PathField
 from dreamfleet.trainers.config.hypernetwork_structure import (
     Structure,
@@ -17,12 +18,9 @@ from dreamfleet.trainers.config.hypernetwork_structure import (
 )
 from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 
-
-def _split(value: Any) -> Any:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]  # a list, or text as in the webui: "1, 2, 1"
+Numbers = Annotated[
+    tuple[float, ...], BeforeValidator(split_text)
+]  # a list, or text as in the webui: "1, 2, 1"
 
 
 class HypernetworkConfig(MethodConfig):
@@ -43,7 +41,7 @@ class HypernetworkConfig(MethodConfig):
     packs: ClassVar[bool] = True
 
     name: Literal["hypernetwork"] = "hypernetwork"
-    enable_sizes: Annotated[tuple[int, ...], BeforeValidator(_split)] | None = Field(
+    enable_sizes: Annotated[tuple[int, ...], BeforeValidator(split_text)] | None = Field(
         None,
         min_length=1,
         description="context widths that get MLPs; default: all of the model's, 320 to 1280 in SD 1.x",

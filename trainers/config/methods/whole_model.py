@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
+from dreamfleet.datasets.config_base import split_text
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import engine_name, engine_spec
 from dreamfleet.trainers.config.layer_rates import LayerRates
@@ -16,10 +17,8 @@ _HIDDEN_DROPOUTS = ("neuron_dropout", "rank_dropout", "module_dropout")
 _TARGET_SETS = ("all-linear", "locon")
 
 
-def _split(value: Any) -> Any:
-    if isinstance(value, str) and value not in _TARGET_SETS:
-        return [part.strip() for part in value.split(",")]
-    return value
+def _read_targets(value: Any) -> Any:
+    return value if value in _TARGET_SETS else split_text(value)
 
 
 class WeightsConfig(MethodConfig):
@@ -86,7 +85,7 @@ class WeightsConfig(MethodConfig):
     lora_target_modules: (
         Annotated[
             Literal["all-linear", "locon"] | Annotated[tuple[str, ...], Field(min_length=1)],
-            BeforeValidator(_split),
+            BeforeValidator(_read_targets),
         ]
         | None
     ) = Field(

@@ -129,9 +129,8 @@ def write_kohya_lora(
         state[f"{name}.alpha"] = torch.tensor(float(alpha))
         state[f"{name}.lora_down.weight"] = down.float().to(dtype)
         state[f"{name}.lora_up.weight"] = up.float().to(dtype)
-        if (
-            magnitude is not None
-        ):  # LyCORIS' key and shape; ComfyUI tells by the shape that it is the output's
+        if magnitude is not None:
+            # LyCORIS' key and shape; ComfyUI tells by the shape that they are the lengths of the outputs.
             state[f"{name}.dora_scale"] = magnitude.reshape(-1, *[1] * (down.ndim - 1)).float().to(dtype)
     for embedding in file.embeddings:
         for key, tensor in embedding_tensors(embedding).items():
@@ -265,11 +264,8 @@ def _magnitude(layer: str, parts: Mapping[str, Tensor], count: int, path: Path) 
         return None
     found = parts["magnitude"].float()
     _require_finite(layer, (found,), path)
-    outputs = [place for place, size in enumerate(found.shape) if size != 1]
-    kohyas = found.ndim in (2, 4) and found.shape[0] == count and outputs in ([0], [])
-    if found.numel() != count or not (
-        kohyas or found.ndim == 1 or (found.ndim == 4 and outputs in ([1], []))
-    ):
+    pefts, lycoris = ((count,), (1, count, 1, 1)), ((count, 1), (count, 1, 1, 1))
+    if tuple(found.shape) not in (*pefts, *lycoris):
         raise FormatError(
             f"{path}: the layer {layer} has {list(found.shape)} lengths of a DoRA, and {count} outputs: LyCORIS writes "
             "lengths of the inputs without its option wd_on_output, which cannot be read."
