@@ -239,3 +239,8 @@ def plain(value: Any) -> dict[str, Any]:
     import dataclasses
 
     return dataclasses.asdict(value)
+
+
+def name_of(place: str) -> str:
+    """Return the last part of the path or address of a set, which names it on a page."""
+    return place.rstrip("/").rpartition("/")[2] or place

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dreamfleet.cluster.cli.base import AsJson, Overrides, Verbose, print_json, work
+from dreamfleet.cluster.cli.base import AsJson, Overrides, Verbose, name_of, print_json, work
 from dreamfleet.cluster.cli.inspect import read_input
 from dreamfleet.cluster.cli.pages import Browser, Port, serve
 
@@ -71,7 +71,7 @@ def _serve(
     page = BrowsePage(
         recipe,
         lambda: load_table(recipe.data, excluded=excluded, near=near),
-        title=place.rstrip("/").rpartition("/")[2] or place,
+        title=name_of(place),
         modes=dict.fromkeys(modes, "Label"),
     )
     serve(

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dreamfleet.cluster.cli.base import AsJson, Overrides, Verbose, counting, local_path, print_json, work
+from dreamfleet.cluster.cli.base import (
+    AsJson,
+    Overrides,
+    Verbose,
+    counting,
+    local_path,
+    name_of,
+    print_json,
+    work,
+)
 
 if TYPE_CHECKING:
     from dreamfleet.datasets.tools.inspect import Survey
@@ -61,7 +70,7 @@ def inspect(
             progress=progress,
         )
         if html is not None:
-            _write_page(html, found, title=folder)
+            _write_page(html, found, title=name_of(folder))
     if as_json:
         print_json(found.to_json())
     else:

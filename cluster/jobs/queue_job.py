@@ -118,6 +118,7 @@ class Queue:
             package, code = self.folder.unpack(started, Path(folder))
             send_entry(self.server, started, package, code, recipe=read_recipe(package))
         self._starting = started.id
+        self._room_made_for = None
         return [started]
 
     def _preempt(
