@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +64,8 @@ def plan(
 ) -> None:
     """Estimate the memory per GPU and host for every engine, and choose one.
 
-    Uses the model's configs alone: no weights are read or downloaded. Exit code 2 if no engine fits.
+    Uses the model's configs alone: no weights are read or downloaded. Exit code 2 if no engine fits. A disk of this
+    machine that is too small is only a warning here: a planned run often starts elsewhere.
     """
     with work():
         from dreamfleet.datasets.errors import ResourceError
@@ -100,7 +102,11 @@ def plan(
         if scaled:
             print("\n".join(["", *cluster_lines(scaled)]))
     for name, need in needs.items():
-        stated = require_disk(need, loaded, what=f"a {name}")
+        try:
+            stated = require_disk(need, loaded, what=f"a {name}")
+        except ResourceError as error:
+            print(f"Warning: {error}", file=sys.stderr)
+            continue
         if not as_json:
             print(f"On disk, {stated}.")
     if made.limited and made.chosen is None:

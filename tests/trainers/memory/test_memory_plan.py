@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -308,6 +310,16 @@ def test_stable_diffusion_15_is_planned_from_its_configs_alone(sd15: Path, tmp_p
     assert "8 GB/s" in table.stdout and "optimizer.name=adafactor" in table.stdout
     assert table.exit_code == 0 and "> ZeRO-2, optimizer on host" in table.stdout
     assert "engine.zero_stage=2 engine.offload_optimizer_device=cpu" in table.stdout
+
+
+def test_a_small_disk_of_the_planning_machine_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = str(tiny.write_recipe(tmp_path / "recipe.yaml", tiny.make_recipe(tmp_path)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    result = CliRunner().invoke(program.app, ["plan", recipe, "--gpu-memory", "8GiB"])
+    assert result.exit_code == 0 and "Warning: output_dir: a run needs" in result.stderr
+    assert "free. Free some space" in result.stderr and "On disk" not in result.stdout
 
 
 def test_the_command_reports_that_nothing_fits_and_a_missing_limit(tmp_path: Path) -> None:
