@@ -260,6 +260,14 @@ def start_second(*options: str, elsewhere: bool = False) -> Fault:
 
 
 def join(trial: Trial) -> None:
-    """A node that was off is switched on, and joins the cluster."""
+    """A node that was off is switched on, and joins the cluster; ends when a worker there has taken a step."""
+    node = trial.lab.nodes[-1]
     trial.mark()
-    trial.lab.renew(trial.lab.nodes[-1])
+    trial.lengthen_steps(3.0)  # the run must last until the node trains, which is slow on a loaded host
+    trial.lab.renew(node)
+
+    def trains() -> bool:
+        return any(e["event"] == "step" and e["on"] == node.name for e in trial.trace.events())
+
+    trial.wait_for(trains, what=f"a step on {node.name}")
+    trial.lengthen_steps(0.0)

@@ -127,7 +127,6 @@ ROWS = (
         faults.join,
         workers=(1, 3),
         prepare=without_last_node,
-        slower=0.5,
         expect=ends_with(3),
     ),
 )
