@@ -78,7 +78,7 @@ def store(result: dict[str, Any]) -> None:
 def write_page() -> None:
     """Replace the table of docs/faults.md by that of results/lab.json."""
     results = json.loads((RESULTS / "lab.json").read_text())["rows"]
-    PAGE.write_text(TABLE.sub(lambda _: make_table(results), PAGE.read_text()))
+    PAGE.write_text(TABLE.sub(lambda _: make_table(results) + "\n", PAGE.read_text()))
 
 
 def main() -> None:
