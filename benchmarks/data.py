@@ -6,6 +6,8 @@ input of a VAE; the batches are compared. The DataLoader and webdataset convert 
 with torchvision's `ToTensor` and `Normalize` do; `data_loader_uint8` leaves that to the training process. Rounds of the
 loaders alternate. The rates include the start of each loader's processes, except that Ray runs already.
 
+Ray's processes have the priority of the others (it gives them a lower one, which counts only beside other load).
+
 CPU seconds are those of this process and of all processes that it started; they do not depend on other load on the
 machine, and are the limit of the rate on a machine whose cores are all busy.
 """
@@ -186,6 +188,7 @@ def measure_cores(cores: int, index: Index, shards: Path) -> dict[str, Any]:
     import ray
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    os.environ.update(RAY_worker_niceness="0")  # the name that Ray reads
     ray.init(address="local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
     draws = np.random.default_rng(1).integers(0, len(index), DRAWS).tolist()
     loaders = Loaders(index, draws, shards, cores)
