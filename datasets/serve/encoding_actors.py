@@ -211,11 +211,14 @@ class EncodingActors:
         return Given(jobs, [None] * len(jobs))
 
     def _replace(self, place: _Place, error: Exception) -> None:
+        import ray
+
         place.deaths += 1
         if place.deaths == MOST_DEATHS:
             self._give_up(place, _reason(error))
             return
         log.warning("an encoding process died and is started again: %s", _reason(error))
+        ray.kill(place.actor)  # it may only be unreachable, and would keep its resources
         place.actor = self._start()
         place.ready = place.actor.load.remote()
 
