@@ -12,6 +12,7 @@ from PIL import Image
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.sharpness import laplacian_variance
 from dreamfleet.datasets.index.sources import ScanOptions
+from dreamfleet.datasets.processing.mapping import mapper_of
 from dreamfleet.datasets.processing.runner import Workers
 from dreamfleet.datasets.tools.annotate import Describe, Makers, annotate, refuse_unreadable
 from dreamfleet.datasets.tools.image_set import list_set
@@ -49,7 +50,7 @@ def measure_set(
     An existing table gets the new columns; images that have all of them are not measured again. Rerunning the call
     continues after an interruption. Raises DataError if no image can be read.
     """
-    found = list_set(url, ScanOptions())
+    found = list_set(url, ScanOptions(mapper=mapper_of(workers)))
     table = ImageTable(out, makers)
     pending = [image for image in found.images if not table.has(image.uri)]
     failed: dict[str, str] = {}
