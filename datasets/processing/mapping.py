@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 MOST_THREADS = 32  # for items in buckets, where most of the time is latency
+WINDOW = 4096  # items that threads are given at once
 READERS = 16  # threads of one task, for the same reason
 MANY_IMAGES, MANY_SHARDS = 2000, 4  # fewer items are not worth sending to other processes
 CHUNK = 256  # items of one task
@@ -43,7 +44,8 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable
     """Yield the results of a function for items, in order, computed by threads of this process."""
     threads = MOST_THREADS if _is_far(items) else min(MOST_THREADS, 2 * (os.cpu_count() or 1))
     with ThreadPoolExecutor(max(1, min(threads, len(items))), thread_name_prefix="index") as pool:
-        yield from pool.map(function, items)
+        for start in range(0, len(items), WINDOW):  # since every item that waits costs memory
+            yield from pool.map(function, items[start : start + WINDOW])
 
 
 def in_parallel(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
