@@ -47,13 +47,13 @@ class BatchPlan:
 
     def __init__(
         self,
-        concepts: Sequence[int],
+        concepts: Sequence[int] | np.ndarray,
         *,
         seed: int,
         global_batch: int,
-        repeats: Sequence[float] | None = None,
+        repeats: Sequence[float] | np.ndarray | None = None,
         buckets: Sequence[int] | None = None,
-        class_concepts: Sequence[int] = (),
+        class_concepts: Sequence[int] | np.ndarray = (),
         shards: Sequence[int] | np.ndarray | None = None,
         shuffle_window: int = 0,
     ):

@@ -58,11 +58,11 @@ def check_files(index: Index, distributed: DistributedContext) -> None:
     def compare_files() -> None:
         if distributed.is_main:
             return
-        for (uri, _), ours, theirs in zip(
+        for (uri, _), size, expected in zip(
             _local_files(index), _sizes(_local_files(index)), sizes, strict=True
         ):
-            if ours != theirs:
-                what = "cannot be read" if ours < 0 else f"has {ours} bytes, and {theirs} on rank 0"
+            if size != expected:
+                what = "cannot be read" if size < 0 else f"has {size} bytes, and {expected} on rank 0"
                 raise _differs(uri, what)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="compare") as pool:
             for (uri, digest), ours in zip(
