@@ -186,7 +186,7 @@ def _join(target: str) -> Any:
         first = str(error).strip().splitlines()[0].rstrip(".")
         raise ResourceError(
             f"cannot join the Ray cluster at {target}: {first}. {remedy} A cluster with token authentication needs "
-            "RAY_AUTH_TOKEN, or its token in ~/.ray/auth_token."
+            "RAY_AUTH_TOKEN, or its token in ~/.ray/auth_token; one with TLS needs RAY_USE_TLS and its certificates."
         ) from error
 
 
