@@ -172,7 +172,7 @@ def open_once(url: str, *, phash: bool, by: str) -> dict[str, float]:
     """Return seconds, CPU seconds and memory of opening a set in this process; ``by``: who reads the images."""
     from dreamfleet.datasets.index.set_store import open_set
 
-    more = {}
+    more: dict[str, Any] = {}
     if by == "Ray, 2 CPUs":
         import ray
 
