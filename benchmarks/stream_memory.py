@@ -2,9 +2,10 @@
 
     python benchmarks/stream_memory.py --images 1000 10000 100000
 
-For each size, a process of its own opens the index of a folder of 32 x 32 PNG files as a rank does, and takes 500
-batches of 8 images at 256 px from a stream on one Ray CPU. "own" is its memory besides mapped files and the object
-store, beyond that after Ray was started; "store" is the part of the object store that was ever used.
+For each size, a process of its own opens the index of that many 32 x 32 PNG files as a rank does, and takes 500
+batches of 8 images at 128 px from a stream on one Ray CPU. "own" is its memory besides mapped files and the object
+store, beyond that after Ray was started; "store" is the part of the object store that was ever used. Both are lists:
+after each 100 batches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from index import make_images, own_mb
 from measure import write_result
 
-BATCHES, BATCH, SIDE = 500, 8, 256
+BATCHES, BATCH, SIDE = 500, 8, 128
 EVERY = 100  # batches between two looks at the memory
 
 
@@ -37,10 +38,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as root:
         os.environ["DREAMFLEET_CACHE"] = root
+        folder, _ = make_images(Path(root, "folder"), Path(root, "shards"), max(options.images))
+        subprocess.run([sys.executable, "-c", WRITE, folder, root, *map(str, options.images)], check=True)
         for count in options.images:
-            folder, _ = make_images(Path(root, f"folder-{count}"), Path(root, f"shards-{count}"), count)
             file = Path(root, f"{count}.arrow")
-            subprocess.run([sys.executable, "-c", WRITE, folder, str(file)], check=True)
             done = subprocess.run(
                 [sys.executable, __file__, "--stream", str(file)],
                 stdout=subprocess.PIPE,
@@ -58,8 +59,9 @@ import sys
 import pyarrow as pa
 from dreamfleet.datasets.index.index import build_index
 table = build_index(sys.argv[1], verify=False).table.combine_chunks()
-with pa.OSFile(sys.argv[2], "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-    writer.write_table(table)
+for count in sys.argv[3:]:
+    with pa.OSFile(f"{sys.argv[2]}/{count}.arrow", "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table[: int(count)])
 """
 
 
