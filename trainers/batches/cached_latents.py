@@ -74,6 +74,8 @@ def leave_out_bad(index: Index, cache: LatentCache, data: DataConfig) -> Index:
         for uri, entry in zip(index.column("uri"), entries, strict=True)
         if entry is not None and entry.reason
     ]
+    if not bad:
+        return index
     kept = [row for row, entry in enumerate(entries) if entry is None or not entry.reason]
     return Index(
         index.table.take(pa.array(kept, pa.int64())), bad=sorted([*index.bad, *bad]), skipped=index.skipped

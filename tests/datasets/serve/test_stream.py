@@ -1,6 +1,8 @@
 """Test the streaming of images through a local Ray in plan order, from disk and from S3."""
 
+import io
 import itertools
+import tarfile
 import time
 
 import numpy as np
@@ -119,6 +121,28 @@ class TestOnRay:
         assert stream.replaced == sum(draw.row in bad for draw in draws)
         assert set(stream.bad) == {index.row(row).uri for row in bad}
         assert sum("left out" in record.message for record in caplog.records) == 2
+
+    def test_a_shard_that_is_replaced_while_training_runs_is_reported(self, folder):
+        def shard(seeds):
+            with io.BytesIO() as file:
+                with tarfile.open(fileobj=file, mode="w") as tar:
+                    for number, seed in enumerate(seeds):
+                        data = image(seed, kind="BMP")  # of one size, so that all members keep their places
+                        member = tarfile.TarInfo(f"{number}.bmp")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+                return file.getvalue()
+
+        folder.write_bytes("a.tar", shard([0, 1, 2, 3]))
+        index = build_index(folder.path("a.tar"))
+        uri = next(row.uri for row in index.rows() if row.uri.endswith("#2.bmp"))
+        draws = [ImageView(row % 4) for row in range(200)]
+        with ImageStream(index, draws, resolution=SIDE, resampling="lanczos", window=16) as stream:
+            next(stream)
+            folder.write_bytes("a.tar", shard([0, 1, 99, 3]))
+            assert len(list(stream)) == 199
+        assert list(stream.bad) == [uri] and "replaced after it was indexed" in stream.bad[uri]
+        assert stream.replaced > 40
 
     def test_an_endless_plan_is_read_ahead_to_a_limit(self, folder):
         folder.write_bytes("a.png", image(0))
