@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from dreamfleet.datasets.index.exclusions import MASKS, TRAINED_ON, BadFile
 from dreamfleet.datasets.index.filters import rules_of
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.index import Index, Known, build_index
-from dreamfleet.datasets.index.mapping import Mapper, in_threads
 from dreamfleet.datasets.index.scan_options import excluded_folders, places, scan_options
 from dreamfleet.datasets.index.set_store import set_folder, store, stored_columns, stored_phashes
 from dreamfleet.datasets.index.set_table import build_set
 from dreamfleet.datasets.index.sources import FOLDER, ScanOptions, find_source
+from dreamfleet.datasets.processing.mapping import Mapper, in_parallel
 from dreamfleet.datasets.storage.storage import Storage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def load_sets(
     known: Known | None = None,
     excluded: Mapping[str, str] = MappingProxyType({}),
     keep: bool = False,
-    mapper: Mapper = in_threads,
+    mapper: Mapper = in_parallel,
 ) -> Sets:
     """Index all training images that a recipe names; its paths must be absolute.
 
@@ -74,7 +77,14 @@ def load_sets(
         for number, concept in enumerate(concepts)
         if concept.class_prompt is not None
     ]
-    weighted = weigh(indexes, [concept.weight for concept in concepts])
+    weights = [concept.weight for concept in concepts]
+    if any(weights) and data.repeats > 1:
+        log.warning(
+            "data.repeats %d has no effect: the sets have weights, which decide how often an image is used. Remove it, "
+            "or give the sets repeats in place of weights",
+            data.repeats,
+        )
+    weighted = weigh(indexes, weights)
     return Sets(_large_enough(Index.concat(weighted), data), class_sets, concepts)
 
 
@@ -99,7 +109,7 @@ def _index(
         verify=verify,
         known=known,
         rules=rules,
-        columns=stored_columns(folder) if rules.conditions else (),
+        columns=stored_columns(concept.instance_data_dir, data) if rules.conditions else (),
         phashes=stored_phashes(folder) if rules.needs_phash else {},
     )
     if keep:
