@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 from dreamfleet.trainers.driver.preflight import this_machine
-from dreamfleet.trainers.driver.session import ray_session
-
-
-def has_cluster(address: str | None) -> bool:
-    """Return whether ``address`` or RAY_ADDRESS names a cluster."""
-    return (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+from dreamfleet.trainers.driver.session import names_cluster, ray_session
 
 
 def machines(address: str | None) -> tuple[dict[str, Mapping[str, float]], dict[str, float] | None]:
@@ -20,7 +14,7 @@ def machines(address: str | None) -> tuple[dict[str, Mapping[str, float]], dict[
     Without a cluster, returns the resources that a local Ray would detect on this machine, without starting
     one. Raises ResourceError if the cluster does not answer.
     """
-    if not has_cluster(address):
+    if not names_cluster(address):
         return {"this machine": this_machine()}, None
     with ray_session(address) as session:
         nodes = {f"{node.address} ({node.node_id[:6]})": node.resources for node in session.nodes()}

@@ -15,14 +15,13 @@ from typing import Literal
 
 import yaml
 
-from dreamfleet.cluster.cluster_info import has_cluster
 from dreamfleet.cluster.doctor_cluster import compare_storage, examine_cluster
 from dreamfleet.cluster.finding import Finding
 from dreamfleet.datasets.environment import PROFILES, has_profile, variables_to_send
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.storage.probe import probe_storage
 from dreamfleet.trainers.driver.node_facts import expected_workers
-from dreamfleet.trainers.driver.session import Node
+from dreamfleet.trainers.driver.session import Node, names_cluster
 
 GIB = 2**30
 
@@ -47,7 +46,7 @@ def examine(
         _sent_to_workers,
     ]
     found = [line for check in checks for line in check()]
-    if has_cluster(address):
+    if names_cluster(address):
         return [*found, *examine_cluster(address, storage=storage, expected=expected)]
     return [*found, *_storage(storage)] if storage else found
 

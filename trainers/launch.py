@@ -21,7 +21,7 @@ from dreamfleet.trainers.driver.coordinated import MemberKey, coordinated
 from dreamfleet.trainers.driver.in_thread import run_in_thread
 from dreamfleet.trainers.driver.preflight import check_inputs, preflight, require_room_here, this_machine
 from dreamfleet.trainers.driver.progress import Display, RunTail, log_to_run, watch_for_stop
-from dreamfleet.trainers.driver.session import RaySession, ray_session, starts_private_ray
+from dreamfleet.trainers.driver.session import RaySession, ray_session, uses_cluster
 from dreamfleet.trainers.run.fence import Fence, Owner
 from dreamfleet.trainers.run.ownership import Ownership
 from dreamfleet.trainers.run.run_folder import open_run_folder, own
@@ -170,7 +170,7 @@ def _fit_on_ray(
     from dreamfleet.trainers.run.summary import Summary
 
     run = Storage(recipe.output_dir)
-    if starts_private_ray(address):
+    if not uses_cluster(address):
         require_room_here(recipe.scaling, evaluates=recipe.validation.resources)
     with ray_session(address, preload=("ray.train.torch",)) as session:
         stop.listen()

@@ -161,10 +161,10 @@ def _encoders(
     if scaling.is_local:
         yield 1, None, worker_resources(scaling, [this_machine()])
         return
-    from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
+    from dreamfleet.trainers.driver.session import ray_session, uses_cluster
     from dreamfleet.trainers.driver.worker import worker_environment
 
-    if starts_private_ray(address):
+    if not uses_cluster(address):
         require_room_here(scaling)
     with ray_session(address) as session:
         nodes, limit = [node.resources for node in session.nodes()], session.growth_limit()

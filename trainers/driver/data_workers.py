@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from dreamfleet.datasets.processing.runner import Workers
-from dreamfleet.trainers.driver.session import Node, ray_session
+from dreamfleet.trainers.driver.session import Node, ray_session, uses_cluster
 from dreamfleet.trainers.driver.shared_paths import PathsByKey, check_machines
 from dreamfleet.trainers.driver.worker import worker_environment
 
@@ -42,12 +41,6 @@ def data_workers(
         number, resources = model_share(nodes, count) if model else (count or _cpus(nodes), {"CPU": 1.0})
         threads = int(resources.get("CPU", 1))
         yield Workers(number, True, resources, worker_environment(threads))
-
-
-def uses_cluster(address: str | None) -> bool:
-    """Return whether work runs on a cluster: at an address, at RAY_ADDRESS, or that this process is connected to."""
-    ray = sys.modules.get("ray")
-    return bool(address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized()))
 
 
 def model_share(nodes: Sequence[Node], count: int) -> tuple[int, dict[str, float]]:

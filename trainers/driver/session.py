@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,11 +98,15 @@ class RaySession:
         return os.path.join(ray._private.worker.global_worker.node.get_session_dir_path(), "logs")
 
 
-def starts_private_ray(address: str | None) -> bool:
-    """Return whether ``ray_session(address)`` would start a private Ray."""
-    import ray
+def names_cluster(address: str | None) -> bool:
+    """Return whether ``address`` or RAY_ADDRESS names a cluster."""
+    return _target(address) != "local"
 
-    return not ray.is_initialized() and _target(address) == "local"
+
+def uses_cluster(address: str | None) -> bool:
+    """Return whether ``ray_session(address)`` would use a cluster or an open connection; imports no Ray."""
+    ray = sys.modules.get("ray")
+    return names_cluster(address) or (ray is not None and ray.is_initialized())
 
 
 @contextmanager
@@ -181,7 +186,7 @@ def _join(target: str) -> Any:
         first = str(error).strip().splitlines()[0].rstrip(".")
         raise ResourceError(
             f"cannot join the Ray cluster at {target}: {first}. {remedy} A cluster with token authentication needs "
-            "RAY_AUTH_TOKEN, or its token in ~/.ray/auth_token."
+            "RAY_AUTH_TOKEN, or its token in ~/.ray/auth_token; one with TLS needs RAY_USE_TLS and its certificates."
         ) from error
 
 

@@ -15,7 +15,7 @@ from dreamfleet.trainers.config.packing import find_unpackable
 from dreamfleet.trainers.config.scaling import worker_resources
 from dreamfleet.trainers.driver.preflight import this_machine
 from dreamfleet.trainers.driver.progress import watch_for_stop
-from dreamfleet.trainers.driver.session import ray_session, starts_private_ray
+from dreamfleet.trainers.driver.session import ray_session, uses_cluster
 from dreamfleet.trainers.driver.shared_paths import PathsByKey, check_machines, shared_paths, written_paths
 from dreamfleet.trainers.packing.task import Task, TaskSource
 from dreamfleet.trainers.recipe import Recipe
@@ -122,7 +122,7 @@ def _joined_cluster(
     shared: Sequence[str],
 ) -> Iterator[Room]:
     """Connect to Ray, check its machines, and yield the size of the pool on them."""
-    if starts_private_ray(address):  # report missing resources before Ray is started
+    if not uses_cluster(address):  # report missing resources before Ray is started
         plan_room(demand, [this_machine()])
     preload = ("ray.train.torch",) if demand.workers_per_task > 1 else ()
     with ray_session(address, preload=preload) as session:
