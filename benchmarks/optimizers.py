@@ -102,7 +102,8 @@ def train_one(recipe: str, case: str, seed: int, folder: Path, *, steps: int) ->
 
     out = folder / f"{recipe}-{list(CASES).index(case)}-{seed}"
     options = overrides_of(recipe, case, seed, out, steps=steps)
-    fit(ROOT / "recipes" / f"{RECIPES[recipe][0]}.yaml", overrides=options)
+    done = fit(ROOT / "recipes" / f"{RECIPES[recipe][0]}.yaml", overrides=options)
+    assert done.summary.exit_reason == "completed", done.summary.exit_reason
     return read_run(out)
 
 

@@ -156,9 +156,8 @@ def write_kohya_lora(
         file.metadata,
         name=file.name,
         family=family,
-        ranks=[
-            (change.rank or 1, change.alpha) for change in (*file.layers.values(), *file.factors.values())
-        ],
+        ranks=[(matrices.rank, matrices.alpha) for matrices in file.layers.values()]
+        + [(factors.rank or 1, factors.alpha) for factors in file.factors.values()],
         has_convolutions=any(matrices.down.shape[2:].numel() > 1 for matrices in file.layers.values()),
         algorithm=next((factors.kind for factors in file.factors.values()), None),
     )
