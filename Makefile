@@ -128,7 +128,7 @@ pocket: $(VENV)/.installed ## train the small model that ships (hours on two cor
 	$(BIN)/python examples/pocket/build.py
 
 bench: $(VENV)/.installed ## every measurement in benchmarks/ that needs neither GPU nor root, one after the other
-	@for script in $$(grep -l __main__ benchmarks/*.py | grep -Ev '/(gpu|faults|storm|scale|import_peers)'); do echo "== $$script"; $(BIN)/python "$$script"; done
+	@for script in $$(grep -l __main__ benchmarks/*.py | grep -Ev '/(gpu|faults|storm|scale|import_peers|preparation_nodes)'); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 bench-tune: $(VENV)/.installed ## what a search brings, and trials, packs and fleets per hour
 	@for script in planted search_gain packing fleet; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done

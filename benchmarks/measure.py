@@ -42,10 +42,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, result: dict[str, Any], *, how: str) -> None:
-    """Print a result; write it to ``results/NAME.json`` with the machine and ``how``, the command that repeats it."""
+def write_result(name: str, result: dict[str, Any], *, how: str, show: bool = True) -> None:
+    """Write a result to ``results/NAME.json`` with the machine and ``how``, the command that repeats it; print it."""
     record = {"what": name, "repeat": how, "machine": describe_machine(), **result}
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(record, indent=1, ensure_ascii=False)
     (RESULTS / f"{name}.json").write_text(text + "\n")
-    print(text)
+    if show:
+        print(text)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dreamfleet.cluster.cli.base import (
+    Address,
     AsJson,
     Overrides,
+    Shared,
     Verbose,
     counting,
     local_path,
@@ -48,33 +50,45 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    address: Address = None,
+    shared: Shared = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Report how an image set would be used in training.
+    """Report how an image set would be used in training, examined here or on a Ray cluster.
 
     Sizes and buckets, enlarged and cropped images, duplicates, broken files, captions and tags, with remedies.
     Overrides such as data.bucket_no_upscale=true also work for folders.
     """
     with work(), counting("images") as progress:
         from dreamfleet.datasets.tools.inspect import survey
+        from dreamfleet.trainers.driver.data_workers import data_workers
 
         recipe, excluded = read_input(folder, overrides, resolution=resolution, buckets=buckets)
         name, count = _token_counter(str(recipe.model.pretrained_model_name_or_path))
-        found = survey(
-            recipe.data,
-            count_tokens=count,
-            tokenizer=name,
-            max_tokens=recipe.model.max_token_length,
-            excluded=excluded,
-            progress=progress,
-        )
+        with data_workers(address, reads={"SET": _places(recipe)}, writes={}, shared=shared or ()) as workers:
+            found = survey(
+                recipe.data,
+                count_tokens=count,
+                tokenizer=name,
+                max_tokens=recipe.model.max_token_length,
+                excluded=excluded,
+                progress=progress,
+                workers=workers,
+            )
         if html is not None:
             _write_page(html, found, title=name_of(folder))
     if as_json:
         print_json(found.to_json())
     else:
         print("\n".join(_lines(found, top)))
+
+
+def _places(recipe: Recipe) -> list[str]:
+    """Return the places whose images are examined, which all machines must see."""
+    from dreamfleet.datasets.index.concepts import load_concepts
+
+    return [concept.instance_data_dir for concept in load_concepts(recipe.data)]
 
 
 def _write_page(file: Path, found: Survey, *, title: str) -> None:

@@ -25,8 +25,12 @@ from dreamfleet.cluster.cli.base import (
 def measure(
     source: SetArgument,
     out: Annotated[
-        str, typer.Option(help="Parquet table; an existing one gets more columns.", show_default=False)
-    ],
+        str | None,
+        typer.Option(
+            help="Parquet table; an existing one gets more columns. Default: columns of the set, for data.where.",
+            show_default=False,
+        ),
+    ] = None,
     classifier: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,9 +60,10 @@ def measure(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure images into a table: blur, and scores of local models (aesthetics, watermarks, faces).
+    """Measure images: blur, and scores of local models (aesthetics, watermarks, faces).
 
-    The table has one row per image with url, sha256 and a column for each measure. Rerunning the command continues.
+    The columns are stored beside the set, so that recipes can filter by them, such as data.where: "blur > 100", or in
+    a table of their own with --out. Rerunning the command continues.
     """
     with work(), counting("images") as progress:
         from dreamfleet.datasets.errors import DataError
@@ -72,29 +77,29 @@ def measure(
         )
         from dreamfleet.trainers.driver.data_workers import data_workers
 
-        makers: dict[str, Callable[[], Describe]] = {}
+        made_by: list[tuple[str, Callable[[], Describe]]] = [(BLUR, measure_blur)] if blur else []
         places = []
-        if blur:
-            makers[BLUR] = measure_blur
         if classifier or detector:
             from dreamfleet.trainers.models.vision.image_scores import Classifier, Detector
 
             for text in classifier or []:
                 name, place, label = parse_model(text, option="--classifier")
-                makers[name] = functools.partial(Classifier, place, label)
+                made_by.append((name, functools.partial(Classifier, place, label)))
                 places.append(place)
             for text in detector or []:
                 name, place, label = parse_model(text, option="--detector")
-                makers[name] = functools.partial(Detector, place, label, threshold)
+                made_by.append((name, functools.partial(Detector, place, label, threshold)))
                 places.append(place)
-        if not makers:
+        if not made_by:
             raise DataError("nothing to measure: give --classifier or --detector, or leave out --no-blur")
-        refuse_names(makers)
+        refuse_names([name for name, _ in made_by])
         reads = {"SET": [source], "model": places}
         with data_workers(
             address, reads=reads, writes={}, shared=shared or (), count=workers, model=bool(places)
         ) as here:
-            made = measure_set(source, makers, out, workers=here, batch_size=batch_size, progress=progress)
+            made = measure_set(
+                source, dict(made_by), out, workers=here, batch_size=batch_size, progress=progress
+            )
     if as_json:
         print_json(made._asdict())
         return

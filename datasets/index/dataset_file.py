@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,10 @@ from pydantic import ValidationError
 
 from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.index.exclusions import Skipped
+from dreamfleet.datasets.index.filters import Rules
 from dreamfleet.datasets.index.scan_options import scan_options
+from dreamfleet.datasets.index.set_table import SetTable, build_set
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, find_source
 from dreamfleet.datasets.path_field import absolute_path
 from dreamfleet.datasets.storage.object_store import is_address
@@ -73,18 +77,21 @@ class DatasetFile(Source):
         return concepts
 
     def scan(self, url: str, options: ScanOptions) -> Listing:
-        """List the images of all concepts."""
+        """List the images of all concepts; those that a concept's own condition excludes are counted in ``skipped``."""
         data = DataConfig(
             train_data_dir=url,
             caption_extension=list(options.caption_extension),
+            caption_column=options.caption_column,
             allow_private_urls=options.allow_private,
+            use_edits=False,  # those of this file are applied to the whole
         )
         found = Listing([])
         for concept in self.concepts(url, data):
             place = concept.instance_data_dir
-            listed = find_source(place).scan(
-                place, scan_options(concept, data, options.excluded, options.mapper)
-            )
+            own = scan_options(concept, data, options.excluded, options.mapper)
+            listed = find_source(place).scan(place, own)
+            if concept.where is not None:
+                _leave_out(listed, build_set(place, own, verify=False, rules=Rules((concept.where,))))
             found.extend(listed)
         return found
 
@@ -95,6 +102,13 @@ class DatasetFile(Source):
             place for one in concepts for place in (one.instance_data_dir, one.mask_dir) if place is not None
         }
         return {uri: stamp for place in places for uri, stamp in find_source(place).stamps(place).items()}
+
+
+def _leave_out(listing: Listing, built: SetTable) -> None:
+    """Remove the images from a listing that the rules of a set exclude."""
+    rules = dict(zip(*(built.excluded.column(name).to_pylist() for name in ("uri", "rule")), strict=True))
+    listing.images = [image for image in listing.images if image.uri not in rules]
+    listing.skipped += [Skipped(built.url, rule, count) for rule, count in Counter(rules.values()).items()]
 
 
 class Found:

@@ -21,6 +21,7 @@ from dreamfleet.datasets.index.duplicates import first_of_equals, first_of_near
 Test = Callable[[pa.Table], Sequence[bool | str]]
 
 PHASH = "phash"  # the column that duplicates: near needs
+SEARCHABLE = ("aspect", "pixels", "shorter_side", "tags")  # columns that every index gets for conditions
 
 
 class Rules(NamedTuple):
@@ -97,17 +98,15 @@ def evaluate(table: pa.Table, *, text: str, where: str) -> list[bool]:
 
 
 def searchable(table: pa.Table) -> pa.Table:
-    """Return an index table with the columns that conditions can also name: aspect, pixels, shorter_side and tags."""
+    """Return an index table with the columns that conditions can also name, SEARCHABLE."""
     width, height = (table.column(name).cast(pa.float64()) for name in ("width", "height"))
-    more = {
-        "aspect": pc.divide(width, height),
-        "pixels": pc.multiply(
-            table.column("width").cast(pa.int64()), table.column("height").cast(pa.int64())
-        ),
-        "shorter_side": pc.min_element_wise(table.column("width"), table.column("height")),
-        "tags": table.column("caption"),
-    }
-    for name, column in more.items():
+    more = (
+        pc.divide(width, height),
+        pc.multiply(table.column("width").cast(pa.int64()), table.column("height").cast(pa.int64())),
+        pc.min_element_wise(table.column("width"), table.column("height")),
+        table.column("caption"),
+    )
+    for name, column in zip(SEARCHABLE, more, strict=True):
         if name not in table.column_names:
             table = table.append_column(name, column)
     return table

@@ -74,8 +74,13 @@ def _concepts_of(one: ImageSet, data: DataConfig) -> list[Concept]:
                 "repeats": concept.repeats * one.repeats,
                 "weight": one.weight,
                 "recursive": concept.recursive and one.recursive,
-                "where": one.where if concept.where is None else concept.where,
+                "where": both_conditions(one.where, concept.where),
             }
         )
         for concept in found
     ]
+
+
+def both_conditions(one: str | None, other: str | None) -> str | None:
+    """Return the condition that two conditions hold; None if there is neither."""
+    return f"({one}) and ({other})" if one and other else one or other

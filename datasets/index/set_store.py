@@ -7,6 +7,7 @@ again reads only files that are new or changed since, unless its images are deco
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index.concepts import load_concepts
+from dreamfleet.datasets.index.edits import edits_folder
 from dreamfleet.datasets.index.file_hashes import KnownFiles
 from dreamfleet.datasets.index.filters import PHASH, rules_of
 from dreamfleet.datasets.index.mapping import Mapper, in_threads
@@ -26,7 +28,10 @@ from dreamfleet.datasets.index.set_columns import KEY
 from dreamfleet.datasets.index.set_table import SetTable, build_set
 from dreamfleet.datasets.storage.node_cache import cache_folder
 from dreamfleet.datasets.storage.object_store import is_address
+from dreamfleet.datasets.storage.probe import probe_storage
 from dreamfleet.datasets.storage.storage import Storage
+
+log = logging.getLogger(__name__)
 
 SETS, INDEX, ERRORS, COLUMNS = "sets", "index.parquet", "errors.parquet", "columns"
 ROW_GROUP = 65_536
@@ -115,10 +120,32 @@ def set_folder(url: str, data: DataConfig) -> Storage:
     return root.child(SETS, f"{last or 'set'}-{digest}")
 
 
-def stored_columns(folder: Storage) -> list[pa.Table]:
-    """Return the columns that commands have stored for a set. Raises DataError for a damaged file."""
-    names = [name for name in folder.list(COLUMNS) if name.endswith(".parquet")]
-    return [_read(folder, f"{COLUMNS}/{name}") for name in names]
+def column_file(url: str, name: str) -> str:
+    """Return the address of a file for columns of the set at a URL, which a command may write.
+
+    It is beside the set, where edits are, so that every machine finds it; in this machine's cache if nothing can be
+    written there.
+    """
+    beside = edits_folder(url)
+    problem = "no folder" if beside is None else probe_storage(beside.url)["error"]
+    if beside is not None and problem is None:
+        return beside.path(COLUMNS, name)
+    log.warning("nothing can be written beside %s (%s): its columns are stored on this machine", url, problem)
+    return set_folder(url, DataConfig(instance_data_dir=url)).path(COLUMNS, name)
+
+
+def stored_columns(url: str, data: DataConfig) -> list[pa.Table]:
+    """Return the columns that commands have stored for the set at a URL. Raises DataError for a damaged file."""
+    folders = [edits_folder(url), set_folder(url, data)]
+    if data.cache_dir is not None:
+        folders.append(set_folder(url, data.model_copy(update={"cache_dir": None})))
+    return [
+        _read(folder, f"{COLUMNS}/{name}")
+        for folder in folders
+        if folder is not None
+        for name in folder.list(COLUMNS)
+        if name.endswith(".parquet")
+    ]
 
 
 def stored_phashes(folder: Storage) -> dict[str, str]:
@@ -164,7 +191,7 @@ def _open(
         phash=phash,
         known=known,
         rules=rules,
-        columns=stored_columns(folder),
+        columns=stored_columns(url, data),
         phashes=stored_phashes(folder) if phash or rules.needs_phash else {},
     )
     known.remember(built.rows)

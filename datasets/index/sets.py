@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from dreamfleet.datasets.index.set_store import set_folder, store, stored_column
 from dreamfleet.datasets.index.set_table import build_set
 from dreamfleet.datasets.index.sources import FOLDER, ScanOptions, find_source
 from dreamfleet.datasets.storage.storage import Storage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,14 @@ def load_sets(
         for number, concept in enumerate(concepts)
         if concept.class_prompt is not None
     ]
-    weighted = weigh(indexes, [concept.weight for concept in concepts])
+    weights = [concept.weight for concept in concepts]
+    if any(weights) and data.repeats > 1:
+        log.warning(
+            "data.repeats %d has no effect: the sets have weights, which decide how often an image is used. Remove it, "
+            "or give the sets repeats in place of weights",
+            data.repeats,
+        )
+    weighted = weigh(indexes, weights)
     return Sets(_large_enough(Index.concat(weighted), data), class_sets, concepts)
 
 
@@ -99,7 +109,7 @@ def _index(
         verify=verify,
         known=known,
         rules=rules,
-        columns=stored_columns(folder) if rules.conditions else (),
+        columns=stored_columns(concept.instance_data_dir, data) if rules.conditions else (),
         phashes=stored_phashes(folder) if rules.needs_phash else {},
     )
     if keep:

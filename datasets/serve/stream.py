@@ -150,6 +150,11 @@ class ImageStream(Iterator[np.ndarray]):
         """Return the Ray task that decodes a chunk, and the number of CPUs in the cluster."""
         import ray
 
+        if not ray.is_initialized():
+            raise ResourceError(
+                "a streamed set is decoded by Ray, which scaling.num_workers: 0 does not start. Set it to 1, or "
+                "data.source: resident"
+            )
         options = self._options
         sent = variables_to_send(buckets=True) if self._uses_network() else {}
 

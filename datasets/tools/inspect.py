@@ -14,6 +14,7 @@ from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index.index import Row
 from dreamfleet.datasets.index.sets import Sets, load_class_images, load_sets
+from dreamfleet.datasets.processing.runner import Workers
 from dreamfleet.datasets.tools.pixel_statistics import copies, examine_all, near_copies
 
 NEARLY_ALL_CUT_OFF = 0.9  # fraction of an image's area that its crop removes
@@ -71,15 +72,16 @@ def survey(
     max_tokens: int = 75,
     excluded: Mapping[str, str] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
+    workers: Workers = Workers(),  # noqa: B008 - frozen
 ) -> Survey:
     """Survey all images that a `data:` section names, reading them with the code that training uses.
 
-    ``count_tokens(text)`` returns the number of tokens of a caption. Raises DataError as a run would, for example if
-    there is no usable image.
+    ``count_tokens(text)`` returns the number of tokens of a caption. ``workers`` examine the images. Raises
+    DataError as a run would, for example if there is no usable image.
     """
     sets = load_sets(data, verify=True, excluded=excluded)
     rows = sets.instances.rows()
-    facts = list(examine_all(rows, data.max_pixels, progress))
+    facts = list(examine_all(rows, data.max_pixels, progress, workers))
     sizes = training_sizes(sets.instances.sizes(), data)
     scales, losses = _scales_and_losses(rows, sizes)
     captions = _used_captions(rows, data, sets)
@@ -113,11 +115,7 @@ def survey(
         skipped=[item._asdict() for item in sets.instances.skipped],
         others=dict(sets.instances.others.most_common()),
         shared=sets.instances.shared,
-        extreme={
-            row.uri: f"{row.width} x {row.height} pixels, {loss:.0%} cut off, the rest enlarged {scale:.1f} times"
-            for row, scale, loss in zip(rows, scales, losses, strict=True)
-            if loss > NEARLY_ALL_CUT_OFF
-        },
+        extreme=_extreme(rows, scales, losses),
         wordless=[row.uri for row in rows if not _has_caption(row, data, sets)],
         warnings=[],
     )
@@ -144,6 +142,15 @@ def _scales_and_losses(rows: Sequence[Row], sizes: Sequence[Size]) -> tuple[list
         for (row, size), scale in zip(pairs, scales, strict=True)
     ]
     return scales, losses
+
+
+def _extreme(rows: Sequence[Row], scales: Sequence[float], losses: Sequence[float]) -> dict[str, str]:
+    """Return what becomes of the images of which a crop removes nearly all, by URI."""
+    return {
+        row.uri: f"{row.width} x {row.height} pixels, {loss:.0%} cut off, the rest enlarged {scale:.1f} times"
+        for row, scale, loss in zip(rows, scales, losses, strict=True)
+        if loss > NEARLY_ALL_CUT_OFF
+    }
 
 
 def _used_captions(rows: Sequence[Row], data: DataConfig, sets: Sets) -> list[str]:

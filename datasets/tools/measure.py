@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,9 @@ from PIL import Image
 
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.sharpness import laplacian_variance
+from dreamfleet.datasets.index.filters import SEARCHABLE
+from dreamfleet.datasets.index.set_store import column_file
+from dreamfleet.datasets.index.set_table import TABLE_SCHEMA
 from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.processing.runner import Workers
 from dreamfleet.datasets.tools.annotate import Describe, Makers, annotate, refuse_unreadable
@@ -18,6 +22,8 @@ from dreamfleet.datasets.tools.image_set import list_set
 from dreamfleet.datasets.tools.image_tables import ImageTable
 
 BLUR = "blur"
+OWN_COLUMNS = "measured.parquet"  # the file of a set's own columns
+_TAKEN = frozenset(("url", *TABLE_SCHEMA.names, *SEARCHABLE))
 
 
 class Measured(NamedTuple):
@@ -38,7 +44,7 @@ def measure_blur() -> Describe:
 def measure_set(
     url: str,
     makers: Makers,
-    out: str,
+    out: str | None = None,
     *,
     workers: Workers = Workers(),  # noqa: B008 - frozen
     batch_size: int = 8,
@@ -46,11 +52,12 @@ def measure_set(
 ) -> Measured:
     """Measure the images of a set into the Parquet table ``out``, with a column for each of ``makers``.
 
-    An existing table gets the new columns; images that have all of them are not measured again. Rerunning the call
-    continues after an interruption. Raises DataError if no image can be read.
+    Without ``out`` they become columns of the set, which `data.where` sees. An existing table gets the new columns;
+    images that have all of them are not measured again. Rerunning the call continues after an interruption. Raises
+    DataError if no image can be read.
     """
     found = list_set(url, ScanOptions())
-    table = ImageTable(out, makers)
+    table = ImageTable(out or column_file(found.url, OWN_COLUMNS), makers)
     pending = [image for image in found.images if not table.has(image.uri)]
     failed: dict[str, str] = {}
     try:
@@ -84,10 +91,17 @@ def parse_model(text: str, *, option: str) -> tuple[str, str, str]:
     return name.strip(), before.strip(), label.strip()
 
 
-def refuse_names(makers: Mapping[str, Any]) -> None:
-    """Raise DataError for a column that would replace a key of the table."""
-    if bad := [name for name in makers if name in ("url", "sha256") or not name.isidentifier()]:
-        raise DataError(f"column {bad[0]!r}: use a name of letters, digits and _, but not url or sha256")
+def refuse_names(names: Sequence[str]) -> None:
+    """Raise DataError for a column that is measured twice, or has the name of a column that every set has."""
+    for name, count in Counter(names).items():
+        if not name.isidentifier():
+            raise DataError(f"column {name!r}: use a name of letters, digits and _")
+        if name in _TAKEN:
+            raise DataError(f"column {name!r}: every set has a column of this name. Choose another")
+        if count > 1:
+            raise DataError(
+                f"column {name!r} is measured twice. Give each model a name of its own, NAME=FOLDER"
+            )
 
 
 def _blur_of(images: Sequence[Image.Image]) -> list[Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,10 +17,12 @@ from dreamfleet.datasets.images.color_profile import profile_name
 from dreamfleet.datasets.images.images import open_with_alpha
 from dreamfleet.datasets.index.index import Row
 from dreamfleet.datasets.index.sources import read_image_file
+from dreamfleet.datasets.processing.runner import Workers, process, reading_ahead
 
 ORIENTATION_TAG = 0x0112
 GREY_WITHIN = 3  # maximum difference between the channels of a grey image, of 255
 NEAR_BITS = 4  # maximum number of different bits in the 64-bit hashes of near duplicates
+BATCH, READERS = 16, 4  # images that a Ray worker gets at once, and reads at the same time
 PAIRS_AT_ONCE = 2**22  # pairs of hashes that are compared in one array operation: 32 MB
 
 
@@ -65,9 +68,18 @@ def examine(data: bytes, *, uri: str, max_pixels: int = MAX_PIXELS) -> PixelFact
 
 
 def examine_all(
-    rows: Sequence[Row], max_pixels: int, progress: Callable[[int, int], None] | None
+    rows: Sequence[Row],
+    max_pixels: int,
+    progress: Callable[[int, int], None] | None,
+    workers: Workers = Workers(),  # noqa: B008 - frozen
 ) -> Iterator[PixelFacts]:
-    """Yield the properties of images in order, decoding several in parallel."""
+    """Yield the properties of images in order, decoding several in parallel: by threads here, or by Ray workers.
+
+    Raises DataError or StorageError for an image that cannot be read.
+    """
+    if workers.on_ray:
+        yield from _examined_on_ray(rows, max_pixels, progress, workers)
+        return
 
     def examine_row(row: Row) -> PixelFacts:
         return examine(read_image_file(row.uri), uri=row.uri, max_pixels=max_pixels)
@@ -77,6 +89,41 @@ def examine_all(
             yield found
             if progress is not None:
                 progress(done, len(rows))
+
+
+class ExamineWork:
+    """Examines the images at the ``uri`` of rows."""
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return for each row its ``number`` and the ``facts`` about the image."""
+        with reading_ahead(_read_row, rows, threads=READERS) as contents:
+            return [
+                {
+                    "number": row["number"],
+                    "facts": examine(data, uri=row["uri"], max_pixels=self._max_pixels),
+                }
+                for row, data in zip(rows, contents, strict=True)
+            ]
+
+
+def _examined_on_ray(
+    rows: Sequence[Row], max_pixels: int, progress: Callable[[int, int], None] | None, workers: Workers
+) -> Iterator[PixelFacts]:
+    jobs = ({"number": number, "uri": row.uri} for number, row in enumerate(rows))
+    found: dict[int, PixelFacts] = {}
+    results = process(jobs, functools.partial(ExamineWork, max_pixels), workers, batch_size=BATCH)
+    for done, row in enumerate(results, 1):
+        found[row["number"]] = PixelFacts(*row["facts"])
+        if progress is not None:
+            progress(done, len(rows))
+    yield from (found[number] for number in range(len(rows)))
+
+
+def _read_row(row: dict[str, Any]) -> bytes:
+    return read_image_file(row["uri"])
 
 
 def copies(rows: Sequence[Row]) -> list[list[str]]:

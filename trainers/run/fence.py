@@ -36,6 +36,7 @@ class Fence:
     def __init__(self, run: Storage, owner: Owner | None, *, clock: SystemTime | None = None):
         self.run, self.owner, self.clock = Storage(run), owner, clock or SystemTime()
         self.attempt = 0  # of this process; 0 before it began one
+        self.since = ""  # when that attempt began (ISO 8601)
         self.is_first = True  # whether that is the first attempt of a new run, or none
         self.conditional = owner is None or owner.conditional
         self._file = LeaseFile(Storage(run), conditional=self.conditional, clock=self.clock)
@@ -62,7 +63,12 @@ class Fence:
 
             lease = self._file.update(change)
             self.attempt, self.is_first = lease.attempt, lease.attempts[0] == lease.attempts[-1] and step == 0
+            self.since = lease.attempts[-1].since
             return self.attempt
+
+    def read(self) -> Lease:
+        """Return the lease of the run, with its attempts."""
+        return self._file.read()
 
     @property
     def is_lost(self) -> bool:

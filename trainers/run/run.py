@@ -25,6 +25,7 @@ from dreamfleet.trainers.report.events import open_rank_events
 from dreamfleet.trainers.run.build import Load
 from dreamfleet.trainers.run.checkpoint import Checkpoints
 from dreamfleet.trainers.run.fence import Fence
+from dreamfleet.trainers.run.left_spools import store_left_checkpoint
 from dreamfleet.trainers.run.restore import newest_checkpoint
 from dreamfleet.trainers.run.rounds import MakeEvaluator
 from dreamfleet.trainers.run.session import Session
@@ -207,7 +208,10 @@ def _start(
     """Build the session of this rank from the newest checkpoint, or to join other workers if it is alone."""
     run = fence.guarded()
     checkpoints = Checkpoints(run, limit=recipe.train.checkpoints_total_limit, fence=fence)
-    found = newest_checkpoint(checkpoints, distributed) if resume and not distributed.alone else None
+    found = None
+    if resume and not distributed.alone:
+        distributed.on_rank_0(partial(store_left_checkpoint, checkpoints, fence))
+        found = newest_checkpoint(checkpoints, distributed)
     if not distributed.alone:
         distributed.on_rank_0(partial(fence.begin, step=found.step if found else 0))
     events = open_rank_events(run, 0 if distributed.is_main else 1, attempt=fence.attempt)

@@ -87,11 +87,12 @@ class Saves:
         self.events.tell("uploads", waiting=1 + len(self._spooled))
 
         def write() -> None:
-            if self._target is None:
+            if (spool := self._open_spool()) is None:
                 self.checkpoints.write(step, **get_state(), meta=meta)
                 self._complete(step, seconds, began)
             else:
-                self._target.write(step, **get_state(), meta=meta)
+                spool.sign(self.checkpoints.fence)
+                spool.checkpoints.write(step, **get_state(), meta=meta)
                 self._enqueue(step, seconds, began)
 
         self._write = WRITER.submit(lambda: self._guarded(step, write))
@@ -128,14 +129,11 @@ class Saves:
         wait(self._uploads)
         self._uploads = []
 
-    @property
-    def _target(self) -> Checkpoints | None:
-        """The folder where checkpoints wait for the bucket; None for a run folder on disk."""
-        if self.checkpoints.storage.is_local:
-            return None
-        if self._spool is None:
+    def _open_spool(self) -> Spool | None:
+        """Return the spool where checkpoints wait for the bucket; None for a run folder on disk."""
+        if self._spool is None and not self.checkpoints.storage.is_local:
             self._spool = Spool(self.checkpoints.storage)
-        return self._spool.checkpoints
+        return self._spool
 
     def _guarded(self, step: int, work: Callable[[], None]) -> None:
         """Run ``work`` unless an earlier save failed; keep its error for the thread of the run."""
@@ -161,19 +159,19 @@ class Saves:
         )
 
     def _upload(self, step: int, seconds: float, began: float) -> None:
-        assert self._target is not None
+        assert self._spool is not None
         with self._lock:
             if step not in self._spooled:  # replaced by a newer save
                 return
-        self.checkpoints.adopt(self._target, step)
+        self.checkpoints.adopt(self._spool.checkpoints, step)
         with self._lock:
             self._spooled.remove(step)
-        self._target.drop(step)
+        self._spool.checkpoints.drop(step)
         self._complete(step, seconds, began)
 
     def _replace_older(self) -> None:
         """Drop spooled saves except the newest, the best, those in use, and the one that is being copied."""
-        assert self._target is not None
+        assert self._spool is not None
         with self._lock:
             best = next((step for step in reversed(self.bests) if step in self._spooled), None)
             kept = {self._spooled[0], self._spooled[-1], best, *self.checkpoints.in_use}
@@ -183,7 +181,7 @@ class Saves:
             log.info(
                 "the checkpoint of step %d is replaced by a newer one, before it reached the bucket", step
             )
-            self._target.drop(step)
+            self._spool.checkpoints.drop(step)
 
     def _complete(self, step: int, seconds: float, began: float) -> None:
         self._tidy(step)
@@ -214,4 +212,5 @@ class Saves:
         if not steps or self._spool is None:
             return ""
         places = ", ".join(self._spool.path(folder_name(step)) for step in steps)
-        return f". Complete on the disk of {socket.gethostname()}: {places}"
+        kept = "of which the next start with --resume stores the newest if its rank 0 runs there"
+        return f". Complete on the disk of {socket.gethostname()}, {kept}: {places}"

@@ -13,8 +13,9 @@ from image_files import image, put
 from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index.concepts import load_concepts
+from dreamfleet.datasets.index.index import build_index
 from dreamfleet.datasets.index.sets import load_sets
-from dreamfleet.datasets.index.sources import find_source
+from dreamfleet.datasets.index.sources import ScanOptions, find_source
 
 
 def concepts(file: Path, **data: Any) -> list[Concept]:
@@ -143,6 +144,31 @@ def test_simpletuner_backends_with_filters_and_without_secrets_in_logs(
     put(tmp_path, "backends.json", json.dumps([{**entries[0], "type": "huggingface"}]))
     with pytest.raises(DataError, match="huggingface"):
         concepts(file)
+
+
+def test_a_dataset_file_as_one_plain_source_keeps_column_and_condition(tmp_path: Path) -> None:
+    for name, side in (("a/small.png", 20), ("a/large.png", 60), ("b/other.png", 20)):
+        put(tmp_path, name, image(side, size=(side, side)))
+    lines = [{"file_name": name, "text": "no", "words": f"of {name}"} for name in ("small.png", "large.png")]
+    put(tmp_path, "a/metadata.jsonl", "\n".join(json.dumps(line) for line in lines))
+    entries = [
+        {"id": "a", "type": "local", "instance_data_dir": "a", "resolution_type": "pixel",
+         "minimum_image_size": 50, "caption_strategy": "textfile"},
+        {"id": "b", "type": "local", "instance_data_dir": "b", "caption_strategy": "textfile"},
+    ]  # fmt: skip
+    file = put(tmp_path, "backends.json", json.dumps(entries))
+    rows = build_index(str(file), ScanOptions(caption_column="words"))
+    assert {Path(row.uri).name: row.caption for row in rows.rows()} == {
+        "large.png": "of large.png",
+        "other.png": None,
+    }
+    assert [(one.place, one.files) for one in rows.skipped] == [(str(tmp_path / "a"), 1)]
+    data = DataConfig.model_validate({"sets": [{"source": str(file), "where": "aspect < 2"}]})
+    assert [one.where for one in load_concepts(data)] == [
+        "(aspect < 2) and (shorter_side >= 50)",
+        "aspect < 2",
+    ]
+    assert len(load_sets(data).instances) == 2
 
 
 def test_everydream_folders_with_yaml_captions(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_set_is_the_long_form_of_the_short_keys(tmp_path: Path) -> None:
     assert load_concepts(long)[0].instance_prompt == "a cat"
 
 
-def test_weights_set_the_shares_of_an_epoch(tmp_path: Path) -> None:
+def test_weights_set_the_shares_of_an_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = config(
         {"source": folder(tmp_path / "a", 2), "prompt": "a", "weight": 3},
         {"source": folder(tmp_path / "b", 5, first=10), "prompt": "b", "weight": 1},
@@ -64,7 +64,9 @@ def test_weights_set_the_shares_of_an_epoch(tmp_path: Path) -> None:
     concepts, uses = index.column("concept"), index.uses()
     shares = [sum(use for one, use in zip(concepts, uses, strict=True) if one == number) for number in (0, 1)]
     assert shares[0] == pytest.approx(3 * shares[1])
-    assert min(uses) == pytest.approx(1)
+    assert min(uses) == pytest.approx(1) and "data.repeats" not in caplog.text
+    again = load_sets(data.model_copy(update={"repeats": 3})).instances
+    assert again.uses() == uses and "data.repeats 3 has no effect" in caplog.text
 
 
 def test_class_images_belong_to_the_sets_whose_prompt_ends_in_theirs(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from image_files import image, put
+from PIL import Image
+from tiny_tagger import write_tagger
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
@@ -85,3 +88,57 @@ def test_prepare_on_a_cluster_writes_what_one_process_writes(local_ray: str, tmp
     sharded = run(*words[:2], tmp_path / "shards", *words[2:], *shards)
     names = {one["outputs"][0]["shard"] for one in sharded["pictures"].values() if one["outputs"]}
     assert names == {path.name for path in (tmp_path / "shards").glob("*.parquet")} == {"000001.parquet"}
+
+
+def write_set(folder: Path) -> Path:
+    """Write a red, a blue and a noisy image, and one that cannot be read."""
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), colour).save(folder / f"{name}.png")
+    put(folder, "noise.png", image(1, size=(32, 32)))
+    put(folder, "cut.png", image(5, size=(90, 90))[:2000])
+    return folder
+
+
+def test_caption_and_measure_on_a_cluster_write_what_one_process_writes(
+    local_ray: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Actors load the tagger, whose tags are colours; the columns filter the set that was measured."""
+    from dreamfleet.trainers.driver import data_workers
+
+    folder, tagger = write_set(tmp_path / "set"), write_tagger(tmp_path / "wd")
+    tables = {
+        place: [tmp_path / f"{name}-{place}.parquet" for name in ("c", "m")] for place in ("ray", "here")
+    }
+    for place, (captions, measures) in tables.items():
+        if place == "here":
+            monkeypatch.setattr(data_workers, "uses_cluster", lambda address: False)
+        where = ["--address", local_ray] if place == "ray" else []
+        words = ["--tagger", tagger, "--batch-size", 2, "--json", *where]
+        made = run("caption", folder, "--out", captions, *words)
+        assert len(made["captions"]) == 3 and list(made["failed"]) == ["cut.png"]
+        assert run("measure", folder, "--out", measures, "--json", *where)["new"] == 3
+    read = {
+        place: [sorted(pq.read_table(path).to_pylist(), key=lambda row: row["url"]) for path in paths]
+        for place, paths in tables.items()
+    }
+    assert read["ray"] == read["here"]
+    rows = {Path(row["url"]).name: row for row in read["ray"][0]}
+    assert rows["blue.png"]["caption"] == "blue sky" and "red hat" in rows["red.png"]["caption"]
+    assert {Path(row["url"]).name: row["blur"] > 1000 for row in read["ray"][1]} == {
+        "blue.png": False,
+        "noise.png": True,
+        "red.png": False,
+    }
+
+
+def test_inspect_on_a_cluster_reports_what_one_process_reports(
+    local_ray: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dreamfleet.trainers.driver import data_workers
+
+    folder = write_set(tmp_path / "set")
+    there = run("inspect", folder, "--resolution", 16, "--json", "--address", local_ray)
+    assert there["pictures"] == 3 and "truncated" in next(iter(there["bad"].values()))
+    monkeypatch.setattr(data_workers, "uses_cluster", lambda address: False)
+    assert run("inspect", folder, "--resolution", 16, "--json") == there

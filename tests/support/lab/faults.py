@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -243,17 +244,30 @@ def isolate_from_cluster(seconds: float) -> Fault:
     return fault
 
 
-def start_second(*options: str) -> Fault:
-    """A second `dreamfleet train` on the run's folder, with other settings or with --resume, while the first trains."""
+def start_second(*options: str, elsewhere: bool = False) -> Fault:
+    """A second `dreamfleet train` on the folder while the first trains, on the head, or ``elsewhere`` on a node."""
 
     def fault(trial: Trial) -> None:
         trial.mark()
-        trial.rival = Driver(trial.lab, "/tmp/recipe-0.yaml", *options)
+        trial.lengthen_steps(5.0)  # the first must outlast the second, which starts slowly on a loaded host
+        place = trial.lab.nodes[-1] if elsewhere else trial.lab.head
+        shutil.copy(trial.lab.head.disk / "tmp" / "recipe-0.yaml", place.disk / "tmp" / "recipe-second.yaml")
+        trial.rival = Driver(trial.lab, "/tmp/recipe-second.yaml", *options, machine=place)
+        trial.rival.wait()
+        trial.lengthen_steps(0.0)
 
     return fault
 
 
 def join(trial: Trial) -> None:
-    """A node that was off is switched on, and joins the cluster."""
+    """A node that was off is switched on, and joins the cluster; ends when a worker there has taken a step."""
+    node = trial.lab.nodes[-1]
     trial.mark()
-    trial.lab.renew(trial.lab.nodes[-1])
+    trial.lengthen_steps(3.0)  # the run must last until the node trains, which is slow on a loaded host
+    trial.lab.renew(node)
+
+    def trains() -> bool:
+        return any(e["event"] == "step" and e["on"] == node.name for e in trial.trace.events())
+
+    trial.wait_for(trains, what=f"a step on {node.name}")
+    trial.lengthen_steps(0.0)

@@ -107,6 +107,28 @@ ROWS = (
     Row("S3 away for 30 s, in a save", faults.s3_away_in_save(30), repeated=0),
     Row("S3 away for 90 s, in a save", faults.s3_away_in_save(90), repeated=0),
     Row("S3 silent for 60 s, in a save", faults.s3_silent(60), repeated=0),
+    Row(
+        "a second driver with other settings",
+        faults.start_second("train.seed=9"),
+        repeated=0,
+        expect=is_refused,
+    ),
+    Row(
+        "a second driver with --resume, on another machine",
+        faults.start_second("--resume", elsewhere=True),
+        repeated=0,
+        in_ci=True,
+        expect=is_refused,
+    ),
+    Row("rank 0 without the cluster for 90 s", faults.isolate_from_cluster(90), expect=has_one_writer),
+    Row("a node lost for good", faults.power_off, workers=(1, 2), expect=ends_with(1)),
+    Row(
+        "a node joins",
+        faults.join,
+        workers=(1, 3),
+        prepare=without_last_node,
+        expect=ends_with(3),
+    ),
 )
 
 
@@ -140,6 +162,7 @@ def try_row(lab: Laboratory, row: Row, references: References) -> dict[str, Any]
             "goes_on": row.code == 0,
             "code": code,
             **measured,
+            **({"second_driver": trial.rival.lines} if trial.rival else {}),
             "difference": difference,
             "run_s": round(time.monotonic() - began, 1),
             "load_1min": round(os.getloadavg()[0], 1),

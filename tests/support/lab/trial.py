@@ -59,13 +59,13 @@ def make_recipe(
 
 
 class Driver:
-    """A running ``dreamfleet train`` on the head, and the lines that it prints."""
+    """A running ``dreamfleet train`` on the head, or another ``machine``, and the lines that it prints."""
 
-    def __init__(self, lab: Laboratory, recipe: str, *options: str):
+    def __init__(self, lab: Laboratory, recipe: str, *options: str, machine: Machine | None = None):
         self.lines: list[str] = []
         words = ["dreamfleet", "train", recipe, "--address", f"{lab.head.ip}:{RAY_PORT}", *options]
         self.process = subprocess.Popen(
-            lab.head.command(words, lab.environment()),
+            (machine or lab.head).command(words, lab.environment()),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         self.reader = threading.Thread(target=self._read, daemon=True)
