@@ -1,9 +1,13 @@
 """Measures how long the index of a set takes, and its memory, for folders and tar shards of tiny generated images.
 
     python benchmarks/index.py --images 1000 10000 100000
+    python benchmarks/index.py --images 10000 100000 --only builders ranks
 
 Each measurement is a process of its own, so that its peak memory is that of one set. "again" opens the same set without
 a change. The images are 32 x 32 PNG files: the figures are the cost per image besides reading and decoding it.
+"builders" compares one process with two local processes and with Ray on two CPUs, also for photos that are decoded.
+"ranks" is what a rank of a training holds of the index: memory of its own, beyond the imports, with samples, views and
+batch plan in use for 200 steps.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import argparse
 import io
 import json
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -19,50 +24,142 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from measure import write_result
 from PIL import Image
 
 PER_SHARD = 1000
+BUILDERS = ("one process", "2 processes", "Ray, 2 CPUs")
+RESULT = Path(__file__).parent / "results" / "index.json"
 
 
 def main() -> None:
     """Measure each number of images and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 10_000])
-    parser.add_argument("--open", nargs=2, metavar=("URL", "PHASH"), help="measure one set, in this process")
+    parser.add_argument("--photos", type=int, default=2000)
+    parser.add_argument("--only", nargs="+", default=["rows", "builders", "ranks"], help="what is measured")
+    parser.add_argument(
+        "--open", nargs=3, metavar=("URL", "PHASH", "BY"), help="measure one set, in this process"
+    )
+    parser.add_argument(
+        "--hold", metavar="FILE", help="measure what a rank holds of an index, in this process"
+    )
     options = parser.parse_args()
     if options.open:
-        print(json.dumps(open_once(options.open[0], phash=options.open[1] == "1")))
+        url, phash, by = options.open
+        print(json.dumps(open_once(url, phash=phash == "1", by=by)))
         return
-    rows = []
+    if options.hold:
+        print(json.dumps(hold_once(options.hold)))
+        return
+    found = stored(options.only)
     with tempfile.TemporaryDirectory() as root:
         place = Path(root)
         for count in options.images:
             folder, shards = make_images(place / f"folder-{count}", place / f"shards-{count}", count)
+            if "builders" in options.only:
+                found["builders"] += compare_builders({"folder": folder, "tar": shards}, place, count)
+            if "ranks" in options.only:
+                found["ranks"].append({"images": count, **hold(folder, place / f"index-{count}.arrow")})
             for name, url, phash in (
                 ("folder", folder, "0"),
                 ("tar", shards, "0"),
                 ("folder, phash", folder, "1"),
-            ):
+            ) * ("rows" in options.only):
                 cache = str(place / f"cache-{name}-{count}")
-                rows += [
+                found["rows"] += [
                     {"images": count, "set": name, "when": when, **run(url, phash, cache)}
                     for when in ("first", "again")
                 ]
-                print(rows[-2:], flush=True)
-    write_result(
-        "index",
-        {"rows": rows},
-        how="python benchmarks/index.py --images " + " ".join(map(str, options.images)),
+                print(found["rows"][-2:], flush=True)
+        if "builders" in options.only and options.photos:
+            photos = {"photos, phash": make_photos(place / "photos", options.photos)}
+            found["builders"] += compare_builders(photos, place, options.photos)
+    write_result("index", found, how="python benchmarks/index.py " + " ".join(sys.argv[1:]))
+
+
+def stored(chosen: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the parts of the stored result, in whose place the parts that are measured come."""
+    chosen = (
+        sys.argv[sys.argv.index("--only") + 1 :] if "--only" in sys.argv else ["rows", "builders", "ranks"]
     )
+    before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    return {part: [] if part in chosen else before.get(part, []) for part in ("rows", "builders", "ranks")}
 
 
-def run(url: str, phash: str, cache: str) -> dict[str, float]:
+def compare_builders(sets: dict[str, str], place: Path, count: int) -> list[dict[str, Any]]:
+    """Return seconds of the first index of sets by one process, two processes, and Ray with two CPUs, in turn."""
+    rows = []
+    for name, url in sets.items():
+        row: dict[str, Any] = {"images": count, "set": name}
+        for by in BUILDERS:
+            seen = run(url, "1" if "phash" in name else "0", str(place / f"by-{by}-{name}-{count}"), by=by)
+            row[f"seconds, {by}"] = seen["seconds"]
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def hold(folder: str, file: Path) -> dict[str, float]:
+    """Return what a rank holds of the index of a folder, which another process has built."""
+    import pyarrow as pa
+
+    from dreamfleet.datasets.index.set_store import open_set
+
+    os.environ["DREAMFLEET_CACHE"] = str(file.with_suffix(".cache"))
+    index = open_set(folder, verify=False).index()
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, index.table.schema) as writer:
+        writer.write_table(index.table.combine_chunks())
+    done = subprocess.run(
+        [sys.executable, __file__, "--hold", str(file)], capture_output=True, text=True, check=True
+    )
+    found = dict(json.loads(done.stdout.splitlines()[-1]))
+    print(found, flush=True)
+    return {"table_mb": round(index.table.nbytes / 1e6, 1), **found}
+
+
+def hold_once(file: str) -> dict[str, float]:
+    """Return the memory of this process's own that it needs to find the samples of 200 steps of an index in a file."""
+    import pyarrow as pa
+
+    from dreamfleet.datasets.buckets import training_sizes
+    from dreamfleet.datasets.config import DataConfig
+    from dreamfleet.datasets.index.index import Index
+    from dreamfleet.datasets.plan import BatchPlan
+    from dreamfleet.trainers.batches.feed import to_samples
+    from dreamfleet.trainers.batches.sources import Shown
+
+    data = DataConfig(instance_data_dir="-")
+    before = own_mb()
+    table = pa.ipc.open_file(pa.memory_map(file)).read_all()
+    if not hasattr(Index, "lazily"):  # ranks of earlier versions were sent the table
+        table = pickle.loads(pickle.dumps(table))
+    index = Index(table)
+    samples = to_samples(index)
+    assert all(sample.uri for sample in samples)
+    shown = Shown(index, data, 0)
+    concepts = index.numbers("concept") if hasattr(index, "numbers") else index.column("concept")
+    sizes = training_sizes(index.sizes(), data)
+    plan = BatchPlan(concepts, seed=0, global_batch=8, repeats=index.uses())
+    for step in range(200):
+        for draw in plan.draws(step):
+            assert shown.of(draw).size == sizes[draw.row] and samples[draw.row].id
+    return {"own_mb": round(own_mb() - before, 1)}
+
+
+def own_mb() -> float:
+    """Return the memory of this process that is not mapped from files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def run(url: str, phash: str, cache: str, *, by: str = "one process") -> dict[str, float]:
     """Open a set in a process of its own; return seconds and peak memory in MB beyond that of the imports."""
     done = subprocess.run(
-        [sys.executable, __file__, "--open", url, phash],
+        [sys.executable, __file__, "--open", url, phash, by],
         env={**os.environ, "DREAMFLEET_CACHE": cache},
         capture_output=True,
         text=True,
@@ -71,12 +168,23 @@ def run(url: str, phash: str, cache: str) -> dict[str, float]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def open_once(url: str, *, phash: bool) -> dict[str, float]:
-    """Return seconds, CPU seconds and memory of opening a set in this process."""
+def open_once(url: str, *, phash: bool, by: str) -> dict[str, float]:
+    """Return seconds, CPU seconds and memory of opening a set in this process; ``by``: who reads the images."""
     from dreamfleet.datasets.index.set_store import open_set
 
+    more: dict[str, Any] = {}
+    if by == "Ray, 2 CPUs":
+        import ray
+
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        warm = ray.remote(lambda: time.sleep(1))
+        ray.get([warm.remote() for _ in range(2)])  # as in a cluster that has run something before
+    elif by == "2 processes":
+        from dreamfleet.datasets.processing.mapping import InProcesses
+
+        more = {"mapper": InProcesses(2)}
     before, start, cpu = peak_mb(), time.perf_counter(), time.process_time()
-    found = open_set(url, verify=False, phash=phash)
+    found = open_set(url, verify=False, phash=phash, **more)
     assert found.counts.bad == 0
     seconds = time.perf_counter() - start
     return {
@@ -91,6 +199,19 @@ def open_once(url: str, *, phash: bool) -> dict[str, float]:
 def peak_mb() -> float:
     """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def make_photos(folder: Path, count: int) -> str:
+    """Write JPEG files of 1280 x 1024 pixels, all different, with the cost of photos."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(count):
+        if number % 100 == 0:
+            cells = rng.integers(0, 256, (64, 80, 3), dtype=np.uint8)
+            photo = Image.fromarray(cells).resize((1280, 1024), Image.Resampling.BICUBIC)
+        photo.putpixel((number % 100, 0), (255, 0, 0))
+        photo.save(folder / f"{number:05d}.jpg", quality=90)
+    return str(folder)
 
 
 def make_images(folder: Path, shards: Path, count: int) -> tuple[str, str]:

@@ -47,13 +47,13 @@ class BatchPlan:
 
     def __init__(
         self,
-        concepts: Sequence[int],
+        concepts: Sequence[int] | np.ndarray,
         *,
         seed: int,
         global_batch: int,
-        repeats: Sequence[float] | None = None,
+        repeats: Sequence[float] | np.ndarray | None = None,
         buckets: Sequence[int] | None = None,
-        class_concepts: Sequence[int] = (),
+        class_concepts: Sequence[int] | np.ndarray = (),
         shards: Sequence[int] | np.ndarray | None = None,
         shuffle_window: int = 0,
     ):
@@ -193,8 +193,8 @@ class _Turns:
 
     def __init__(self, fractions: np.ndarray, concepts: np.ndarray, homes: np.ndarray):
         self._groups: list[tuple[np.ndarray, int]] = []  # rows of a group, its uses per epoch
-        self._places: dict[int, tuple[int, int]] = {}  # row -> group, place in it
-        owners: list[int] = []
+        self._group_of = np.full(len(fractions), -1)  # of each row; -1 without a fraction
+        self._place_of = np.zeros(len(fractions), np.int64)  # in its group
         some = np.flatnonzero(fractions > 1e-9)
         keys = np.stack([concepts[some], homes[some], np.round(fractions[some] * 1e9)], axis=1)
         _, inverse = np.unique(keys, axis=0, return_inverse=True)
@@ -202,24 +202,22 @@ class _Turns:
             rows = some[inverse.reshape(-1) == group]
             uses = round(float(fractions[rows[0]]) * len(rows))
             if uses:
-                self._places |= {int(row): (len(self._groups), place) for place, row in enumerate(rows)}
-                owners += [len(self._groups)] * uses
+                self._group_of[rows], self._place_of[rows] = len(self._groups), np.arange(len(rows))
                 self._groups.append((rows, uses))
-        self._owners = owners
-        starts = np.cumsum([0, *(uses for _, uses in self._groups)])
-        self._numbers = [number - int(starts[owner]) for number, owner in enumerate(owners)]
-        self.rows = np.asarray([self._groups[owner][0][0] for owner in owners], np.int64)
+        counts = np.asarray([uses for _, uses in self._groups], np.int64)
+        self._owners = np.repeat(np.arange(len(counts)), counts)
+        self._numbers = np.arange(len(self._owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.rows = np.repeat(np.asarray([rows[0] for rows, _ in self._groups], np.int64), counts)
 
     def turn(self, slot: int, epoch: int) -> tuple[int, int]:
         """Return the row of a use in an epoch, and how many such uses the row had before; ``slot`` is negative."""
         rows, uses = self._groups[self._owners[slot]]
-        earlier, place = divmod(epoch * uses + self._numbers[slot], len(rows))
+        earlier, place = divmod(epoch * uses + int(self._numbers[slot]), len(rows))
         return int(rows[place]), earlier
 
     def before(self, row: int, epoch: int) -> int:
         """Return the number of such uses of a row before an epoch."""
-        if row not in self._places:
+        if (group := self._group_of[row]) < 0:
             return 0
-        group, place = self._places[row]
         rows, uses = self._groups[group]
-        return (epoch * uses - place + len(rows) - 1) // len(rows)
+        return (epoch * uses - int(self._place_of[row]) + len(rows) - 1) // len(rows)

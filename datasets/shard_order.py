@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 _CROP = re.compile(r"^edited://[^/]*/")  # an edited image is read from the file of the original
 
 
-def shard_numbers(uris: Sequence[str]) -> np.ndarray:
+def shard_numbers(uris: Iterable[str]) -> np.ndarray:
     """Return for each image the number of the file that holds it; the URI of an image in a shard is `SHARD#PLACE`."""
-    files = [_CROP.sub("", uri).partition("#")[0] for uri in uris]
-    return np.unique(np.asarray(files, dtype=object).astype(str), return_inverse=True)[1].reshape(-1)
+    found: dict[str, int] = {}  # file -> number in the order of the images
+    numbers = [found.setdefault(_CROP.sub("", uri).partition("#")[0], len(found)) for uri in uris]
+    ranks = np.empty(len(found), np.int64)
+    ranks[[found[file] for file in sorted(found)]] = np.arange(len(found))
+    return ranks[np.asarray(numbers, np.int64)]
 
 
 def shard_order(shards: np.ndarray, *, window: int, rng: np.random.Generator) -> np.ndarray:

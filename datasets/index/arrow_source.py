@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dreamfleet.datasets.errors import DataError, StorageError
-from dreamfleet.datasets.index.column_scan import columns_in, scan_rows
+from dreamfleet.datasets.index.column_scan import columns_in, scan_columns
 from dreamfleet.datasets.index.shard_files import names_shards, shard_files
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source
 from dreamfleet.datasets.storage.node_cache import node_copy
@@ -37,11 +36,8 @@ class ArrowSource(Source):
 
         Damaged files and rows are listed as bad. Raises DataError if there is no file, or no column of images.
         """
-        found = Listing([])
         files = shard_files(url.removeprefix(f"{SCHEME}://"), SUFFIXES)
-        for listing in options.mapper(partial(scan_file, options=options), files):
-            found.extend(listing)
-        return found
+        return scan_columns(files, options, source=SCHEME, add_rows=_add_rows)
 
     def read(self, uri: str) -> bytes:
         """Return the bytes of an image, by its range. Raises StorageError."""
@@ -49,11 +45,6 @@ class ArrowSource(Source):
         if match is None:
             raise StorageError(f"{uri} is not the URI of an image in an Arrow file")
         return read_uri(match[1], start=int(match[2]), end=int(match[3]))
-
-
-def scan_file(file: str, options: ScanOptions) -> Listing:
-    """List the images in one Arrow file, from this machine's cache if the file has not changed."""
-    return scan_rows(file, options, source=SCHEME, add_rows=_add_rows)
 
 
 def _add_rows(found: Listing, file: str, options: ScanOptions) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import pyarrow as pa
 
@@ -14,7 +16,7 @@ from dreamfleet.datasets.index.image_column import (
     fact_columns,
     find_image_column,
 )
-from dreamfleet.datasets.index.listing_cache import cached_listing
+from dreamfleet.datasets.index.listing_cache import scan_files
 from dreamfleet.datasets.index.sources import Listing, ScanOptions
 from dreamfleet.datasets.index.table_rows import RowReader
 
@@ -22,13 +24,14 @@ from dreamfleet.datasets.index.table_rows import RowReader
 AddRows = Callable[[Listing, str, ScanOptions], None]
 
 
-def scan_rows(file: str, options: ScanOptions, *, source: str, add_rows: AddRows) -> Listing:
-    """List the images in one file, from this machine's cache if the file has not changed.
+def scan_columns(files: Sequence[str], options: ScanOptions, *, source: str, add_rows: AddRows) -> Listing:
+    """List the images in several files, from this machine's cache if they have not changed.
 
     A damaged file is listed as bad besides the rows that were read before the damage.
     """
     keys = {"source": source, "column": options.caption_column, "private": options.allow_private}
-    return cached_listing(file, keys, lambda: _scan(file, options, add_rows))
+    scan = partial(scan_rows, options=replace(options, excluded={}, edits_for=None), add_rows=add_rows)
+    return scan_files(files, scan, keys, options.mapper)
 
 
 def columns_in(
@@ -45,7 +48,8 @@ def columns_in(
     return image, facts, reader
 
 
-def _scan(file: str, options: ScanOptions, add_rows: AddRows) -> Listing:
+def scan_rows(file: str, options: ScanOptions, add_rows: AddRows) -> Listing:
+    """List the images in one file."""
     found = Listing([])
     try:
         add_rows(found, file, options)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dreamfleet.datasets.index.exclusions import BadFile, Skipped
+from dreamfleet.datasets.index.lazy_rows import LazyRows
+
+T = TypeVar("T")
 
 STEM = 16  # hex digits of the hash that an id begins with
 HASHED_AT_ONCE = 10_000  # rows
@@ -84,13 +87,21 @@ class Index:
         """Return a column as a list."""
         return self.table.column(name).to_pylist()
 
-    def sizes(self) -> list[tuple[int, int]]:
-        """Return the width and height of every image in pixels."""
-        return list(zip(self.column("width"), self.column("height"), strict=True))
+    def numbers(self, name: str) -> np.ndarray:
+        """Return a column of numbers as an array."""
+        return np.asarray(self.table.column(name).to_numpy())
 
-    def uses(self) -> list[float]:
+    def lazily(self, columns: Sequence[str], make: Callable[..., T]) -> LazyRows[T]:
+        """Return for every image what ``make`` returns for its values of some columns, made when it is used."""
+        return LazyRows(self.table, columns, make)
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Return the width and height of every image in pixels."""
+        return self.lazily(("width", "height"), lambda width, height: (width, height))
+
+    def uses(self) -> np.ndarray:
         """Return the number of uses of every image per epoch, which may have a fraction."""
-        return pc.add(self.table.column("repeats"), self.table.column("fraction")).to_pylist()
+        return self.numbers("repeats") + self.numbers("fraction")
 
     def with_uses(self, uses: float) -> Index:
         """Return this index with a number of uses of each image per epoch, which may have a fraction."""
@@ -100,9 +111,10 @@ class Index:
             place = SCHEMA.get_field_index(name)
             column = pa.array(np.full(len(self), value), SCHEMA.field(name).type)
             table = table.set_column(place, SCHEMA.field(name), column)
-        return self._with(table)
+        return self.with_table(table)
 
-    def _with(self, table: pa.Table) -> Index:
+    def with_table(self, table: pa.Table) -> Index:
+        """Return an index of the rows of another table, with the same files beside them."""
         changed = Index(table, bad=self.bad, skipped=self.skipped)
         changed.others, changed.shared, changed.excluded = self.others, self.shared, self.excluded
         return changed
@@ -112,7 +124,7 @@ class Index:
         place = SCHEMA.get_field_index("caption")
         taken = self.table.take(pa.array(numbers, pa.int64()))
         captioned = taken.set_column(place, SCHEMA.field(place), pa.array(captions, pa.string()))
-        return self._with(captioned)
+        return self.with_table(captioned)
 
     @property
     def content_hash(self) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 
 from dreamfleet.datasets.errors import DataError, StorageError
-from dreamfleet.datasets.index.column_scan import columns_in, scan_rows
+from dreamfleet.datasets.index.column_scan import columns_in, scan_columns
 from dreamfleet.datasets.index.row_group_cache import ROWS_AT_ONCE, open_parquet, row_bytes
 from dreamfleet.datasets.index.shard_files import names_shards, shard_files
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source
@@ -27,10 +26,7 @@ class ParquetSource(Source):
 
         Damaged files and rows are listed as bad. Raises DataError if there is no file, or no column of images.
         """
-        found = Listing([])
-        for listing in options.mapper(partial(scan_file, options=options), _files(url)):
-            found.extend(listing)
-        return found
+        return scan_columns(_files(url), options, source=SCHEME, add_rows=_add_rows)
 
     def read(self, uri: str) -> bytes:
         """Return the bytes of the image in a row. Raises StorageError."""
@@ -41,11 +37,6 @@ class ParquetSource(Source):
             return row_bytes(match[1], int(match[2]))
         except DataError as error:
             raise StorageError(str(error)) from error
-
-
-def scan_file(file: str, options: ScanOptions) -> Listing:
-    """List the images in one Parquet file, from this machine's cache if the file has not changed."""
-    return scan_rows(file, options, source=SCHEME, add_rows=_add_rows)
 
 
 def _files(url: str) -> list[str]:

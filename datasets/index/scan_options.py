@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from dreamfleet.datasets.config import Concept, DataConfig
 from dreamfleet.datasets.index.exclusions import CLASS, MASKS
-from dreamfleet.datasets.index.mapping import Mapper, in_threads
 from dreamfleet.datasets.index.sources import ScanOptions
+from dreamfleet.datasets.processing.mapping import Mapper, in_parallel
 
 
 def scan_options(
-    concept: Concept, data: DataConfig, excluded: Mapping[str, str], mapper: Mapper = in_threads
+    concept: Concept, data: DataConfig, excluded: Mapping[str, str], mapper: Mapper = in_parallel
 ) -> ScanOptions:
     """Return the options of the scan of one concept's images; ``excluded``: folders to skip, address -> purpose."""
     own = data.for_set(concept)

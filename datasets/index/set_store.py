@@ -22,10 +22,10 @@ from dreamfleet.datasets.index.concepts import load_concepts
 from dreamfleet.datasets.index.edits import edits_folder
 from dreamfleet.datasets.index.file_hashes import KnownFiles
 from dreamfleet.datasets.index.filters import PHASH, rules_of
-from dreamfleet.datasets.index.mapping import Mapper, in_threads
 from dreamfleet.datasets.index.scan_options import excluded_folders, scan_options
 from dreamfleet.datasets.index.set_columns import KEY
 from dreamfleet.datasets.index.set_table import SetTable, build_set
+from dreamfleet.datasets.processing.mapping import Mapper, in_parallel
 from dreamfleet.datasets.storage.node_cache import cache_folder
 from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.probe import probe_storage
@@ -72,7 +72,7 @@ def open_set(
     store: Storage | None = None,
     phash: bool = False,
     verify: bool | None = None,
-    mapper: Mapper = in_threads,
+    mapper: Mapper = in_parallel,
 ) -> OpenSet:
     """Open the set at a URL of any source: index its new and changed images, and store the table.
 
@@ -93,7 +93,7 @@ def open_sets(
     excluded: Mapping[str, str] = MappingProxyType({}),
     phash: bool = False,
     verify: bool | None = None,
-    mapper: Mapper = in_threads,
+    mapper: Mapper = in_parallel,
 ) -> list[OpenSet]:
     """Open the sets of a recipe, one for each concept; parameters as in :func:`open_set` and ``load_sets``."""
     concepts = load_concepts(data)

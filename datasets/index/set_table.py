@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,26 +23,14 @@ from dreamfleet.datasets.index.filters import Rules, searchable
 from dreamfleet.datasets.index.image_index import SCHEMA, Index, number_copies
 from dreamfleet.datasets.index.set_columns import join_columns
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, find_source
+from dreamfleet.datasets.index.table_builder import EXCLUDED, TableBuilder
+from dreamfleet.datasets.processing.mapping import Mapper
 from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage
 
 VERIFY_LIMIT = 2000  # sets of at most this many images are decoded completely, to find truncated files
-EXCLUDED = "excluded"  # column: the rule that excludes the image, null if it is used
 _NO_RULES = Rules()
 
-#: Columns of a set's table, before those that its source or a command adds.
-TABLE_SCHEMA = pa.schema(
-    [
-        *SCHEMA,
-        ("bytes", pa.int64()),  # of the file; null if unknown
-        ("format", pa.string()),
-        ("orientation", pa.int8()),  # EXIF, 1 to 8
-        ("phash", pa.string()),  # 16 hex digits; null if not computed
-        ("name", pa.string()),  # relative path in the set
-        ("source", pa.string()),  # the source that lists the image
-        (EXCLUDED, pa.string()),
-    ]
-)
 BAD_SCHEMA = pa.schema([("uri", pa.string()), ("reason", pa.string())])
 
 
@@ -159,67 +146,37 @@ def build_set(
     listing = apply_edits(source.scan(url, options), url, options.edits_for)
     check = len(listing.images) <= VERIFY_LIMIT if verify is None else verify
     inspection = Inspection(max_pixels, check, phash or rules.needs_phash)
-    found = [inspection.recall(image, known, phashes) for image in listing.images]
-    missing = [row for row, one in enumerate(found) if one is None]
-    results = options.mapper(inspection.read, [listing.images[row] for row in missing]) if missing else ()
-    bad = list(listing.bad)
-    for row, result in zip(missing, results, strict=True):
-        if isinstance(result, Inspected):
-            found[row] = result
-        else:
-            bad.append(result)
-    listing.bad = sorted(bad)
-    used = [one for one in found if one is not None]
-    listing.images = []  # large, and now in the table
-    table = searchable(join_columns(_to_table(used, source.name), columns))
+    table = searchable(
+        join_columns(_inspect(listing, inspection, source.name, known, phashes, options.mapper), columns)
+    )
     rules_of_rows = rules.apply(table, where=url)
     place = table.schema.get_field_index(EXCLUDED)
     return SetTable(url, table.set_column(place, EXCLUDED, rules_of_rows), listing)
 
 
-def _to_table(found: Sequence[Inspected], source: str) -> pa.Table:
-    """Return the table of images, sorted by id; facts that are unknown are null."""
-    number = len(found)
-    constants = {"concept": 0, "role": "instance", "repeats": 1, "fraction": 0.0, "source": source}
-    values: dict[str, list[Any]] = {
-        "id": ["" for _ in found],
-        "uri": [one.image.uri for one in found],
-        "width": [one.info.width for one in found],
-        "height": [one.info.height for one in found],
-        "caption": [one.image.caption for one in found],
-        "sha256": [one.info.sha256 for one in found],
-        "mask": [one.image.mask if one.mask_sha256 else None for one in found],
-        "mask_sha256": [one.mask_sha256 or None for one in found],
-        "bytes": [one.info.bytes or None for one in found],
-        "format": [one.info.format or None for one in found],
-        "orientation": [one.info.orientation or None for one in found],
-        "phash": [one.info.phash or None for one in found],
-        "name": [one.image.name or one.image.uri.rpartition("/")[2] for one in found],
-        EXCLUDED: [None] * number,
-    }
-    values |= {name: [value] * number for name, value in constants.items()}
-    arrays = [pa.array(values[field.name], field.type) for field in TABLE_SCHEMA]
-    table = pa.Table.from_arrays(arrays, schema=TABLE_SCHEMA)
-    own: dict[str, list[Any]] = {}
-    for row, one in enumerate(found):
-        for name, value in (one.image.columns or {}).items():
-            if name not in TABLE_SCHEMA.names:
-                own.setdefault(name, [None] * number)[row] = value
-    for name, column in own.items():
-        table = table.append_column(name, _to_array(column))
-    return number_copies(table)
-
-
-def _to_array(values: Sequence[Any]) -> pa.Array:
-    """Return values as an Arrow array: of their type, else as text; lists of texts are joined by commas."""
-    texts = [
-        ", ".join(map(str, value)) if isinstance(value, list | tuple | np.ndarray) else value
-        for value in values
-    ]
-    try:
-        return pa.array(texts)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array([None if value is None else str(value) for value in texts], pa.string())
+def _inspect(
+    listing: Listing,
+    inspection: Inspection,
+    source: str,
+    known: Known | None,
+    phashes: Mapping[str, str],
+    mapper: Mapper,
+) -> pa.Table:
+    """Return the table of a listing's images, which leave it, and add those that cannot be used to its bad files."""
+    images, listing.images = listing.images, []
+    missing = [image for image in images if inspection.recall(image, known, phashes) is None]
+    read = iter(mapper(inspection.read, missing) if missing else ())
+    table = TableBuilder(source)
+    images.reverse()  # to release each image once it is in the table
+    while images:
+        found = inspection.recall(images.pop(), known, phashes) or next(read)
+        if isinstance(found, Inspected):
+            table.add(found)
+        else:
+            listing.bad.append(found)
+    assert next(read, None) is None
+    listing.bad.sort()
+    return table.finish()
 
 
 def _some(bad: Sequence[BadFile], most: int = 3) -> str:

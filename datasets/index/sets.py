@@ -16,11 +16,11 @@ from dreamfleet.datasets.index.exclusions import MASKS, TRAINED_ON, BadFile
 from dreamfleet.datasets.index.filters import rules_of
 from dreamfleet.datasets.index.image_folder import ImageFolder
 from dreamfleet.datasets.index.index import Index, Known, build_index
-from dreamfleet.datasets.index.mapping import Mapper, in_threads
 from dreamfleet.datasets.index.scan_options import excluded_folders, places, scan_options
 from dreamfleet.datasets.index.set_store import set_folder, store, stored_columns, stored_phashes
 from dreamfleet.datasets.index.set_table import build_set
 from dreamfleet.datasets.index.sources import FOLDER, ScanOptions, find_source
+from dreamfleet.datasets.processing.mapping import Mapper, in_parallel
 from dreamfleet.datasets.storage.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def load_sets(
     known: Known | None = None,
     excluded: Mapping[str, str] = MappingProxyType({}),
     keep: bool = False,
-    mapper: Mapper = in_threads,
+    mapper: Mapper = in_parallel,
 ) -> Sets:
     """Index all training images that a recipe names; its paths must be absolute.
 

@@ -20,7 +20,7 @@ from dreamfleet.datasets.errors import DataError, StorageError
 from dreamfleet.datasets.images.image_formats import ATTENTION_ENDING
 from dreamfleet.datasets.images.masks import Mask
 from dreamfleet.datasets.index.exclusions import BadFile, Skipped
-from dreamfleet.datasets.index.mapping import Mapper, in_threads
+from dreamfleet.datasets.processing.mapping import Mapper, in_parallel
 from dreamfleet.datasets.registry import Registry
 from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage, read_uri
@@ -95,7 +95,7 @@ class ScanOptions:
     recursive: bool = True
     excluded: Mapping[str, str] = field(default_factory=dict)
     edits_for: DataConfig | None = None
-    mapper: Mapper = in_threads  # scans shards and reads images
+    mapper: Mapper = in_parallel  # scans shards and reads images
     allow_private: bool = False  # read http(s) addresses of private networks
 
 

@@ -18,7 +18,7 @@ from dreamfleet.datasets.images.image_formats import IMAGE_SUFFIXES, MASK_ENDING
 from dreamfleet.datasets.index.caption_tables import caption_columns, columns_of
 from dreamfleet.datasets.index.exclusions import BadFile, is_hidden, printable
 from dreamfleet.datasets.index.facts import describe
-from dreamfleet.datasets.index.listing_cache import cached_listing
+from dreamfleet.datasets.index.listing_cache import scan_files
 from dreamfleet.datasets.index.shard_files import names_shards, shard_files
 from dreamfleet.datasets.index.sources import Listing, ScanOptions, Source, SourceImage
 from dreamfleet.datasets.index.table_rows import is_fact
@@ -46,11 +46,10 @@ class TarSource(Source):
         Damaged shards are listed as bad from the place of the damage on. Raises DataError if there is no shard.
         """
         files = shard_files(url.removeprefix(f"{SCHEME}://"), (*SUFFIXES, *COMPRESSED))
-        scan = partial(scan_shard, extensions=tuple(options.caption_extension), column=options.caption_column)
-        found = Listing([])
-        for listing in options.mapper(scan, files):
-            found.extend(listing)
-        return found
+        extensions, column = tuple(options.caption_extension), options.caption_column
+        scan = partial(scan_shard, extensions=extensions, column=column)
+        keys = {"source": SCHEME, "extensions": list(extensions), "column": column}
+        return scan_files(files, scan, keys, options.mapper)
 
     def read(self, uri: str) -> bytes:
         """Return the bytes of a member, by its range. Raises StorageError."""
@@ -68,12 +67,7 @@ class _Part(NamedTuple):
 
 
 def scan_shard(file: str, *, extensions: Sequence[str], column: str | None) -> Listing:
-    """List the images in one tar file, from this machine's cache if the file has not changed."""
-    options = {"source": SCHEME, "extensions": list(extensions), "column": column}
-    return cached_listing(file, options, lambda: _scan(file, extensions, column))
-
-
-def _scan(file: str, extensions: Sequence[str], column: str | None) -> Listing:
+    """List the images in one tar file."""
     found = Listing([])
     parts = _Parts(file, extensions, column)
     try:

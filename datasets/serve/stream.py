@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
+from dreamfleet.datasets.image_options import MAX_PIXELS
 from dreamfleet.datasets.images.masks import ImageView
 from dreamfleet.datasets.images.vision_transform import Fit
 from dreamfleet.datasets.index.index import Index

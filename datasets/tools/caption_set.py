@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.processing.journal import Journal
+from dreamfleet.datasets.processing.mapping import mapper_of
 from dreamfleet.datasets.processing.runner import Workers
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.datasets.tools.annotate import Makers, annotate, refuse_unreadable
@@ -146,7 +147,7 @@ def caption_set(
     continues after an interruption. Raises DataError if no image can be read, or a set that is no folder has no
     ``out``.
     """
-    found = list_set(url, ScanOptions(caption_column=caption_column))
+    found = list_set(url, ScanOptions(caption_column=caption_column, mapper=mapper_of(workers)))
     target, skips = _target(found, how, out, caption_column)
     pending = [image for image in found.images if not target.is_done(image) and not (skips and image.caption)]
     by_name = {image.name: image for image in pending}

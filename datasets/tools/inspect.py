@@ -14,6 +14,7 @@ from dreamfleet.datasets.captions import split_tags
 from dreamfleet.datasets.config import DataConfig
 from dreamfleet.datasets.index.index import Row
 from dreamfleet.datasets.index.sets import Sets, load_class_images, load_sets
+from dreamfleet.datasets.processing.mapping import mapper_of
 from dreamfleet.datasets.processing.runner import Workers
 from dreamfleet.datasets.tools.pixel_statistics import copies, examine_all, near_copies
 
@@ -79,7 +80,7 @@ def survey(
     ``count_tokens(text)`` returns the number of tokens of a caption. ``workers`` examine the images. Raises
     DataError as a run would, for example if there is no usable image.
     """
-    sets = load_sets(data, verify=True, excluded=excluded)
+    sets = load_sets(data, verify=True, excluded=excluded, mapper=mapper_of(workers))
     rows = sets.instances.rows()
     facts = list(examine_all(rows, data.max_pixels, progress, workers))
     sizes = training_sizes(sets.instances.sizes(), data)

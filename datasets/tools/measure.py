@@ -14,8 +14,9 @@ from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.images.sharpness import laplacian_variance
 from dreamfleet.datasets.index.filters import SEARCHABLE
 from dreamfleet.datasets.index.set_store import column_file
-from dreamfleet.datasets.index.set_table import TABLE_SCHEMA
 from dreamfleet.datasets.index.sources import ScanOptions
+from dreamfleet.datasets.index.table_builder import TABLE_SCHEMA
+from dreamfleet.datasets.processing.mapping import mapper_of
 from dreamfleet.datasets.processing.runner import Workers
 from dreamfleet.datasets.tools.annotate import Describe, Makers, annotate, refuse_unreadable
 from dreamfleet.datasets.tools.image_set import list_set
@@ -56,7 +57,7 @@ def measure_set(
     images that have all of them are not measured again. Rerunning the call continues after an interruption. Raises
     DataError if no image can be read.
     """
-    found = list_set(url, ScanOptions())
+    found = list_set(url, ScanOptions(mapper=mapper_of(workers)))
     table = ImageTable(out or column_file(found.url, OWN_COLUMNS), makers)
     pending = [image for image in found.images if not table.has(image.uri)]
     failed: dict[str, str] = {}

@@ -16,6 +16,7 @@ from dreamfleet.datasets.index.sources import ScanOptions
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.processing.journal import FOLDER as JOURNAL
 from dreamfleet.datasets.processing.journal import Journal
+from dreamfleet.datasets.processing.mapping import mapper_of
 from dreamfleet.datasets.processing.runner import Row, Workers, process
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.datasets.tools.image_set import ImageSet, list_set
@@ -52,7 +53,7 @@ def prepare(
     Raises DataError if there are no images, if two outputs would have the same name, or if the target is neither empty
     nor the output of an earlier call with the same settings.
     """
-    options = ScanOptions(caption_extension, caption_column, mask_dir)
+    options = ScanOptions(caption_extension, caption_column, mask_dir, mapper=mapper_of(workers))
     found = list_set(source, options)
     place = Storage(target)
     jobs = jobs_of(found, how, key_of if shards is not None else str)

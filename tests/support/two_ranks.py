@@ -9,17 +9,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import tiny
 import torch
 import torch.distributed as dist
 
 from dreamfleet.datasets.errors import DataError
+from dreamfleet.trainers.distributed import shared_table
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.process_group import leave_group
+from dreamfleet.trainers.distributed.shared_table import share_table
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import assemble
 from dreamfleet.trainers.run.run import run_worker
@@ -87,6 +92,22 @@ def situations(folder: Path, distributed: DistributedContext) -> dict[str, Calla
         summary = run_worker(build_recipe(tree), rank=distributed.rank, world=2)
         return {"exports": summary.exports, "exit_reason": summary.exit_reason}
 
+    def table(place: str) -> dict[str, Any]:
+        tempfile.tempdir = place
+        made = pa.table({"row": np.arange(100_000)}) if distributed.rank == 0 else None
+        before = pa.total_allocated_bytes()
+        found = share_table(made, distributed)
+        held = pa.total_allocated_bytes() - before
+        tempfile.tempdir = None
+        distributed.wait()
+        left = [path.name for path in Path(place).glob("dreamfleet-index-*")]
+        return {
+            "rows": found.num_rows,
+            "sum": int(np.sum(found["row"].to_numpy())),
+            "held": held,
+            "left": left,
+        }
+
     def resume_apart() -> None:
         tree = tiny.make_recipe(folder, output_dir=f"{APART}/run", train__train_batch_size=1)
         run_worker(build_recipe(tree), rank=distributed.rank, world=2, resume=True)
@@ -100,6 +121,8 @@ def situations(folder: Path, distributed: DistributedContext) -> dict[str, Calla
         "own value": lambda: distributed.on_every_rank(lambda: distributed.rank),
         "order": lambda: distributed.collect([f"{number}" for number in distributed.share(5)]),
         "order on rank 0": lambda: distributed.collect(list(distributed.share(5)), everywhere=False),
+        "a table in a common folder": lambda: table(str(folder)),
+        "a table on one disk": lambda: table(APART),
         "whole run": lambda: run("two"),
         "discriminator": lambda: run(
             "judge",
@@ -131,6 +154,7 @@ def main(folder: Path, rank: int) -> None:
         tiny.make_images(Path("only-on-1"), 2)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    shared_table.MAPPED_BYTES, shared_table.SENT_AT_ONCE = 0, 300_000
     distributed = DistributedContext(rank, 2)
     if rank == 0:  # a checkpoint that rank 1 cannot see
         run_worker(

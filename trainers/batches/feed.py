@@ -211,6 +211,6 @@ def check_words(samples: Sequence[Sample], method: DiffusionMethod, data: DataCo
         )
 
 
-def to_samples(index: Index) -> list[Sample]:
-    """Return the rows of an index as samples, from which methods make prompts."""
-    return [Sample(row.id, row.caption, row.concept, row.role, row.uri) for row in index.rows()]
+def to_samples(index: Index) -> Sequence[Sample]:
+    """Return the rows of an index as samples, from which methods make prompts; each is made when it is used."""
+    return index.lazily(("id", "caption", "concept", "role", "uri"), Sample)

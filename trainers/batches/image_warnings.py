@@ -66,8 +66,7 @@ def captions_of(index: Index, method: DiffusionMethod, data: DataConfig) -> Iter
     """
     prompts = [concept.instance_prompt for concept in method.setting.concepts]
     options = [data.for_set(concept) for concept in method.setting.concepts]
-    columns = (index.column(name) for name in ("uri", "caption", "concept"))
-    for uri, caption, concept in zip(*columns, strict=True):
+    for uri, caption, concept in index.lazily(("uri", "caption", "concept"), lambda *values: values):
         own = options[concept] if options else data
         if caption and own.use_captions:
             line = max(caption.splitlines(), key=len)

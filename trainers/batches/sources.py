@@ -70,7 +70,8 @@ class Shown:
     """
 
     def __init__(self, index: Index, data: DataConfig, seed: int):
-        self.ids, self.data, self.seed = index.column("id"), data, seed
+        self.ids: Sequence[str] = index.lazily(("id",), str)
+        self.data, self.seed = data, seed
         self.sizes = training_sizes(index.sizes(), data)
         self.files = index.sizes()
 

@@ -5,29 +5,42 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from dreamfleet.datasets.errors import StorageError
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.index.sources import can_read
 from dreamfleet.datasets.storage.storage import read_uri
 from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.distributed.shared_table import share_with_table
 
 HASHED_WHOLE = 64 * 2**20  # bytes; larger files are compared by size and samples
 SAMPLES, SAMPLE_BYTES = 16, 65536
 MOST_HASHED = 256  # files of an index whose contents are compared; the others are compared by size
 THREADS = 16
+STATED_AT_ONCE = 4096  # files
 REMEDY = (
     "With several machines, store it where all of them read the same: a mounted folder, or s3://bucket/prefix"
 )
 
 
-def share_index(distributed: DistributedContext, build: Callable[[], Index]) -> Index:
-    """Build an index on rank 0, send it to every rank, and check that each rank reads the same files."""
-    index = distributed.on_rank_0(build)
-    check_files(index, distributed)
+def share_index(
+    distributed: DistributedContext, build: Callable[[], Index], *, compares: bool = True
+) -> Index:
+    """Build an index on rank 0, send it to every rank, and check that each rank reads the same files.
+
+    ``compares``: False if its files have been compared.
+    """
+    index = share_with_table(
+        build, distributed, table_of=lambda built: built.table, with_table=Index.with_table
+    )
+    if compares:
+        check_files(index, distributed)
     return index
 
 
@@ -39,33 +52,41 @@ def check_files(index: Index, distributed: DistributedContext) -> None:
     """
     if distributed.world == 1:
         return
-    files = [
-        (uri, digest)
-        for name, digests in (("uri", "sha256"), ("mask", "mask_sha256"))
-        for uri, digest in zip(index.column(name), index.column(digests), strict=True)
-        if uri is not None
-    ]
-    uris, hashes = [uri for uri, _ in files], [digest for _, digest in files]
-    local = [number for number, uri in enumerate(uris) if "://" not in uri]
-    sizes = distributed.on_rank_0(lambda: _sizes([uris[number] for number in local]))
-    hashed = local[:: max(1, len(local) // MOST_HASHED)]
+    sizes = distributed.on_rank_0(lambda: np.fromiter(_sizes(_local_files(index)), np.int64))
+    hashed = list(islice(_local_files(index), 0, None, max(1, len(sizes) // MOST_HASHED)))
 
     def compare_files() -> None:
         if distributed.is_main:
             return
-        for number, ours, theirs in zip(local, _sizes([uris[n] for n in local]), sizes, strict=True):
-            if ours != theirs:
-                what = "cannot be read" if ours is None else f"has {ours} bytes, and {theirs} on rank 0"
-                raise _differs(uris[number], what)
+        for (uri, _), size, expected in zip(
+            _local_files(index), _sizes(_local_files(index)), sizes, strict=True
+        ):
+            if size != expected:
+                what = "cannot be read" if size < 0 else f"has {size} bytes, and {expected} on rank 0"
+                raise _differs(uri, what)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="compare") as pool:
-            for number, digest in zip(hashed, pool.map(_sha256, [uris[n] for n in hashed]), strict=True):
-                if digest != hashes[number]:
-                    raise _differs(uris[number], "has different content on rank 0")
-        far = next((uri for uri in uris if "://" in uri), None)
+            for (uri, digest), ours in zip(
+                hashed, pool.map(_sha256, [uri for uri, _ in hashed]), strict=True
+            ):
+                if digest != ours:
+                    raise _differs(uri, "has different content on rank 0")
+        far = next((uri for uri, _ in _files_of(index) if "://" in uri), None)
         if far is not None and not can_read(far):
             raise _differs(far, "cannot be found")
 
     distributed.on_every_rank(compare_files)
+
+
+def _files_of(index: Index) -> Iterator[tuple[str, str]]:
+    """Yield the URI and hash of each image, and then of each mask."""
+    for columns in (("uri", "sha256"), ("mask", "mask_sha256")):
+        yield from (
+            (uri, digest) for uri, digest in index.lazily(columns, lambda *two: two) if uri is not None
+        )
+
+
+def _local_files(index: Index) -> Iterator[tuple[str, str]]:
+    return ((uri, digest) for uri, digest in _files_of(index) if "://" not in uri)
 
 
 def compare_paths(named: Mapping[str, Sequence[str]], distributed: DistributedContext) -> None:
@@ -120,17 +141,19 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
             yield beside.name, beside
 
 
-def _sizes(paths: Sequence[str]) -> list[int | None]:
-    """Return the files' sizes in bytes, None for one that cannot be read."""
+def _sizes(files: Iterable[tuple[str, str]]) -> Iterator[int]:
+    """Yield the files' sizes in bytes, -1 for one that cannot be read."""
+    paths = (path for path, _ in files)
     with ThreadPoolExecutor(THREADS, thread_name_prefix="compare") as pool:
-        return list(pool.map(_size, paths, chunksize=256))
+        while some := list(islice(paths, STATED_AT_ONCE)):
+            yield from pool.map(_size, some)
 
 
-def _size(path: str) -> int | None:
+def _size(path: str) -> int:
     try:
-        return os.stat(path).st_size if os.access(path, os.R_OK) else None
+        return os.stat(path).st_size if os.access(path, os.R_OK) else -1
     except OSError:
-        return None
+        return -1
 
 
 def _sha256(path: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import pyarrow as pa
 import torch
 
 from dreamfleet.datasets.buckets import number_buckets, training_sizes
@@ -28,8 +29,9 @@ from dreamfleet.trainers.config.conflicts import require_runnable
 from dreamfleet.trainers.config.learning_rate import last_step
 from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.config.train import USUAL_CHECKPOINTING_STEPS
-from dreamfleet.trainers.distributed.agreement import check_files, compare, compare_paths
+from dreamfleet.trainers.distributed.agreement import check_files, compare, compare_paths, share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.distributed.shared_table import share_with_table
 from dreamfleet.trainers.engines.base import DTYPES, Engine, engine_class
 from dreamfleet.trainers.evaluation.previews import check_previews
 from dreamfleet.trainers.loop import Schedule
@@ -41,6 +43,7 @@ from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.optim.optimizers import check_package, make_rates
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.disk import require_run_disk
+from dreamfleet.trainers.run.vae_encoder import encoding_actors
 from dreamfleet.trainers.run.webui_optimizer import take_over
 
 log = logging.getLogger(__name__)
@@ -140,6 +143,7 @@ def assemble(
         instances=sets.instances,
         classes=classes,
         cache=cache,
+        start_actors=encoding_actors(recipe, method.model.encoder_hash) if cache is not None else None,
     )
     engine = make_engine(recipe, method, distributed)
     with ExitStack() as undo:
@@ -181,7 +185,8 @@ def load_inputs(
     )
     cache = distributed.on_every_rank(lambda: open_latents(recipe.data, model))
     if cache is not None:
-        kept = distributed.on_rank_0(lambda: leave_out_bad(sets.instances, cache, recipe.data))
+        instances = sets.instances
+        kept = share_index(distributed, lambda: leave_out_bad(instances, cache, recipe.data), compares=False)
         sets = replace(sets, instances=kept)
     if isinstance(method, DiffusionMethod) and not isinstance(method, ImageMethod):
         check_words(to_samples(sets.instances), method, recipe.data)  # before class images are generated
@@ -200,9 +205,17 @@ def share_sets(recipe: Recipe, distributed: DistributedContext) -> Sets:
             recipe.data, verify=False if known else None, known=known, excluded=recipe.excluded_folders
         )
 
-    sets = distributed.on_rank_0(load)
+    sets = share_with_table(load, distributed, table_of=_table_of, with_table=_with_table)
     check_files(sets.instances, distributed)
     return sets
+
+
+def _table_of(sets: Sets) -> pa.Table:
+    return sets.instances.table
+
+
+def _with_table(sets: Sets, table: pa.Table) -> Sets:
+    return replace(sets, instances=sets.instances.with_table(table))
 
 
 def count_units(recipe: Recipe, distributed: DistributedContext) -> int:
@@ -223,13 +236,13 @@ def make_plan(
 ) -> BatchPlan:
     """Return the batch plan of a run; ``sizes``: the training size of each instance image in pixels."""
     return BatchPlan(
-        instances.column("concept"),
+        instances.numbers("concept"),
         seed=recipe.train.seed,
         global_batch=global_batch,
         repeats=instances.uses(),
         buckets=number_buckets(sizes),
-        class_concepts=classes.column("concept") if classes is not None else (),
-        shards=shard_numbers(instances.column("uri")) if recipe.data.shuffle == "shards" else None,
+        class_concepts=classes.numbers("concept") if classes is not None else (),
+        shards=shard_numbers(instances.lazily(("uri",), str)) if recipe.data.shuffle == "shards" else None,
         shuffle_window=recipe.data.shuffle_window,
     )
 

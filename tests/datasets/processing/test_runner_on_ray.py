@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,12 @@ from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
 from dreamfleet.datasets.errors import ModelError, RunFailed
+from dreamfleet.datasets.index import facts, tar_source
+from dreamfleet.datasets.index.set_store import open_set
+from dreamfleet.datasets.processing import mapping
+from dreamfleet.datasets.processing.mapping import in_threads
 from dreamfleet.datasets.processing.runner import Row, Workers, process
+from dreamfleet.datasets.storage.storage import Storage
 
 pytestmark = pytest.mark.cluster
 
@@ -88,6 +94,57 @@ def test_prepare_on_a_cluster_writes_what_one_process_writes(local_ray: str, tmp
     sharded = run(*words[:2], tmp_path / "shards", *words[2:], *shards)
     names = {one["outputs"][0]["shard"] for one in sharded["pictures"].values() if one["outputs"]}
     assert names == {path.name for path in (tmp_path / "shards").glob("*.parquet")} == {"000001.parquet"}
+
+
+def test_an_index_is_built_by_tasks_as_in_one_process(
+    local_ray: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DREAMFLEET_CACHE", str(tmp_path / "cache"))
+    for number in range(40):
+        put(tmp_path, f"set/{number}.png", image(number, size=(40 + number, 30)))
+        put(tmp_path, f"set/{number}.txt", f"number {number}".encode())
+    put(tmp_path, "set/cut.png", image(5, size=(90, 90))[:2000])
+    for shard in range(3):
+        with tarfile.open(put(tmp_path, f"shards/{shard}.tar", b""), "w") as tar:
+            for number in range(3):
+                tar.add(tmp_path / "set" / f"{3 * shard + number}.png", f"{number}.png")
+    sets = {name: str(tmp_path / name) for name in ("set", "shards")}
+    how = {"set": {"verify": True, "phash": True}, "shards": {"verify": False}}
+    one = {
+        name: open_set(url, store=Storage(tmp_path / "one" / name), mapper=in_threads, **how[name])
+        for name, url in sets.items()
+    }
+
+    def refuse(*words: Any) -> Any:
+        raise AssertionError("read in this process")
+
+    monkeypatch.setattr(mapping, "MANY_IMAGES", 2)
+    monkeypatch.setattr(mapping, "MANY_SHARDS", 2)
+    monkeypatch.setattr(mapping, "FREE_SECONDS", 300.0)
+    monkeypatch.setenv("DREAMFLEET_CACHE", str(tmp_path / "other cache"))
+    monkeypatch.setattr(facts, "read_image_file", refuse)
+    monkeypatch.setattr(tar_source, "members", refuse)
+    for name, url in sets.items():
+        found = open_set(url, store=Storage(tmp_path / "two" / name), **how[name])
+        assert found.rows.equals(one[name].rows) and found.errors.equals(one[name].errors)
+        assert found.counts == one[name].counts and found.counts.bad == (name == "set")
+    assert open_set(sets["shards"], verify=False).rows.equals(one["shards"].rows)  # from this machine's cache
+
+    import ray
+
+    @ray.remote(num_cpus=2)
+    class Hog:
+        def here(self) -> bool:
+            return True
+
+    hog = Hog.remote()  # as workers of a training that hold all CPUs
+    ray.get(hog.here.remote())
+    monkeypatch.undo()
+    monkeypatch.setattr(mapping, "MANY_IMAGES", 2)
+    monkeypatch.setattr(mapping, "FREE_SECONDS", 0.0)
+    found = open_set(sets["set"], store=Storage(tmp_path / "three"), **how["set"])
+    assert found.rows.equals(one["set"].rows)
+    ray.kill(hog)
 
 
 def write_set(folder: Path) -> Path:

@@ -71,6 +71,13 @@ def test_results_of_shares_are_collected_in_order(seen: list[dict[str, Any]]) ->
     assert alone.collect(list(alone.share(3))) == [0, 1, 2]
 
 
+def test_ranks_map_a_large_table_into_memory_from_a_file(seen: list[dict[str, Any]]) -> None:
+    for place in ("in a common folder", "on one disk"):
+        for rank in seen:
+            found = rank[f"a table {place}"]["value"]
+            assert found == {"rows": 100_000, "sum": sum(range(100_000)), "held": 0, "left": []}, rank
+
+
 def test_two_ranks_generate_and_measure_like_one(folder: Path, seen: list[dict[str, Any]]) -> None:
     assert all("value" in rank["whole run"] for rank in seen), seen
     assert seen[1]["whole run"]["value"] == seen[0]["whole run"]["value"]
