@@ -20,7 +20,7 @@ from preparation import make_images, store
 SUPPORT = Path(__file__).resolve().parents[1] / "tests" / "support"
 CGROUPS = Path("/sys/fs/cgroup/cpu")  # version 1
 PERIOD = 100_000  # microseconds
-FEW, MANY = 60, 360  # images of the two sets whose difference is a rate without start-up
+FEW, MANY = 40, 200  # images of the two sets whose difference is a rate without start-up
 
 
 def main() -> None:
