@@ -45,7 +45,7 @@ def try_rows(rows: list[Row], *, note: Callable[[dict[str, Any]], None]) -> list
 
 
 def make_table(results: list[dict[str, Any]]) -> str:
-    """Return the results as a Markdown table."""
+    """Return the results as a Markdown table, and which rows have none."""
     columns = (
         "fault", "storage", "workers", "goes on by itself", "new worker, s", "first new step, s", "steps repeated",
         "weights",
@@ -62,6 +62,8 @@ def make_table(results: list[dict[str, Any]]) -> str:
         storage = {"s3": "S3", "shared": "shared folder"}[row["storage"]]
         cells = (row["fault"], storage, workers, goes_on, *seconds, row["repeated"], weights)
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    if missing := [row.name for row in ROWS if row.name not in {result["fault"] for result in results}]:
+        lines += ["", f"Without a result so far: {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -7,15 +7,12 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from dreamfleet.datasets.config_base import Section, as_list
+from dreamfleet.datasets.image_options import MAX_PIXELS as MAX_PIXELS
 from dreamfleet.datasets.path_field import PathField
 from dreamfleet.datasets.set_config import CAPTION_EXTENSIONS as CAPTION_EXTENSIONS
 from dreamfleet.datasets.set_config import Concept as Concept
 from dreamfleet.datasets.set_config import Condition, ImageDir, ImageSet, SetOptions, also
 
-# Pillow itself rejects larger images (twice its warning limit), so larger values would have no effect.
-MAX_PIXELS = 178_956_970
-# The names of the filters that resize images; datasets/images/resampling.py defines them.
-IMAGE_FILTERS = ("scaled_lanczos", "lanczos", "bicubic", "bilinear", "area")
 MOST_CLASSES = 1000  # maximum number of classes of labelled images
 
 
@@ -175,6 +172,14 @@ class DataConfig(Section):
         description="when cache_dir is filled: by `dreamfleet data cache` before the run, or by the run itself, which "
         "encodes the images that the cache lacks when it first needs them",
     )
+    cache_resources: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        description="with cache: while_training, Ray resources, such as {CPU: 4} or {GPU: 1}, of a process of its own "
+        "that encodes ahead of the training; default: the training worker encodes",
+    )
+    cache_actors: int = Field(
+        default=1, ge=1, description="number of processes with cache_resources for each training worker"
+    )
     class_cache_dir: Annotated[
         str | None, PathField("folder", must_exist=False, compared=False, is_output=True)
     ] = Field(
@@ -272,6 +277,10 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _latents_can_be_kept(self) -> Self:
+        if self.cache_resources is not None and self.cache != "while_training":
+            raise ValueError(
+                "cache_resources without cache: while_training: add it, or remove cache_resources"
+            )
         if self.cache_dir is None:
             if self.cache == "while_training":
                 raise ValueError(

@@ -6,7 +6,7 @@ import io
 
 from PIL import Image, ImageOps
 
-from dreamfleet.datasets.config import MAX_PIXELS
+from dreamfleet.datasets.image_options import MAX_PIXELS
 from dreamfleet.datasets.images.images import open_with_alpha
 
 

@@ -12,8 +12,8 @@ from PIL import Jpeg2KImagePlugin as _jpeg2000  # noqa: F401
 from PIL import TiffImagePlugin as _tiff  # noqa: F401
 from PIL import WebPImagePlugin as _webp  # noqa: F401
 
-from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.errors import DataError
+from dreamfleet.datasets.image_options import MAX_PIXELS
 from dreamfleet.datasets.images.color_profile import to_srgb
 from dreamfleet.datasets.images.resampling import Box, place_target, reduce_jpeg, resize_and_crop, turn_box
 

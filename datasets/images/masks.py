@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops
 
-from dreamfleet.datasets.config import MAX_PIXELS, DataConfig
+from dreamfleet.datasets.image_options import MAX_PIXELS
 from dreamfleet.datasets.images.images import Decoded, decode_image, fit_image, open_with_alpha
 from dreamfleet.datasets.images.resampling import RESAMPLINGS
+
+if TYPE_CHECKING:
+    from dreamfleet.datasets.config import DataConfig
 
 OPAQUE = 255
 # DreamArtist's attention maps: weight 0 for black, 1 for mid-grey (127) and 5 for white, multiplied by 51 to fill a

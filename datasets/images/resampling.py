@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dreamfleet.datasets.config import IMAGE_FILTERS
+from dreamfleet.datasets.image_options import IMAGE_FILTERS
 
 # An image is resized as a whole and then cropped, unless the resized image would have more than this many times the
 # pixels of the target. Photographs and panoramas do not. (Resizing only a part gives other values in the last bits.)

@@ -123,7 +123,7 @@ def read_images(batch: Mapping[str, np.ndarray], *, data: DataConfig) -> dict[st
     for job in _jobs_in(batch):
         cut, reason, failure = b"", "", ""
         try:
-            cut = _cut(job, data).tobytes()
+            cut = cut_job(job, data).tobytes()
         except DataError as error:
             reason = str(error).removeprefix(f"{job.uri}: ")
         except StorageError as error:  # returned as data, since Ray would wrap an exception
@@ -237,7 +237,7 @@ def _on_ray(
     )
 
 
-def _cut(job: Job, data: DataConfig) -> np.ndarray:
+def cut_job(job: Job, data: DataConfig) -> np.ndarray:
     """Read and crop one image as in training. Raises StorageError, also if the file changed since it was indexed."""
     content = read_image_file(job.uri)
     mask = read_mask(job.mask) if job.mask else None

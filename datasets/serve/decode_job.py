@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
+import ctypes
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.environment import apply_variables
 from dreamfleet.datasets.errors import DataError, StorageError
+from dreamfleet.datasets.image_options import MAX_PIXELS
 from dreamfleet.datasets.images.images import open_image
 from dreamfleet.datasets.images.masks import ImageView, Mask, cut_opened, open_view
 from dreamfleet.datasets.images.vision_transform import Fit
-from dreamfleet.datasets.index.sources import read_image_file, read_mask
+from dreamfleet.datasets.serve.verified_files import VERIFIED, Stamp
+from dreamfleet.datasets.storage.object_store import is_address
+from dreamfleet.datasets.storage.storage import read_uri
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+KEPT_BYTES, MAPPED_BYTES = (
+    2**26,
+    2**25,
+)  # freed memory that is kept; larger arrays (the most that glibc accepts) are not
 READERS = 16  # threads that read the files of a chunk from a bucket or over the network
 
 
@@ -71,6 +80,20 @@ class _Files(NamedTuple):
     image: bytes
     mask: Mask | None
     failure: str = ""
+    stamp: Stamp | None = None  # of the image file, before it was read
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of decoded images for the next ones, up to :data:`KEPT_BYTES`.
+
+    By default glibc returns it to the kernel, which maps and clears 2,500 pages for each photo that is decoded at full
+    size: a quarter of the time. Other C libraries are left as they are.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def decode_chunk(
@@ -133,15 +156,22 @@ def _read_all(
 
 
 def _read(job: DecodeJob, *, with_mask: bool) -> _Files:
+    stamp = VERIFIED.stamp(job.uri)
     try:
-        return _Files(read_image_file(job.uri), read_mask(job.mask) if with_mask and job.mask else None)
+        if is_address(job.uri) and not (with_mask and job.mask):
+            return _Files(read_uri(job.uri), None, stamp=stamp)
+        # Imported here since sources read recipes: without it, the first image of a process comes 0.1 s sooner.
+        from dreamfleet.datasets.index.sources import read_image_file, read_mask
+
+        mask = read_mask(job.mask) if with_mask and job.mask else None
+        return _Files(read_image_file(job.uri), mask, stamp=stamp)
     except StorageError as error:
         return _Files(b"", None, str(error))
 
 
 def _decode(job: DecodeJob, files: _Files, options: DecodeOptions, seconds: dict[str, float]) -> np.ndarray:
     """Decode one image from its files. Raises DataError, also if the file is not the one that was indexed."""
-    if job.sha256 and hashlib.sha256(files.image).hexdigest() != job.sha256:
+    if job.sha256 and not VERIFIED.has_hash(files.image, job.sha256, uri=job.uri, before=files.stamp):
         raise DataError(
             f"{job.uri}: the file was replaced after it was indexed. Start the run again to index the new one"
         )

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from dreamfleet.datasets.config import MAX_PIXELS
 from dreamfleet.datasets.environment import variables_to_send
 from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
+from dreamfleet.datasets.image_options import MAX_PIXELS
 from dreamfleet.datasets.images.masks import ImageView
 from dreamfleet.datasets.images.vision_transform import Fit
 from dreamfleet.datasets.index.index import Index
@@ -29,6 +29,7 @@ from dreamfleet.datasets.serve.decode_job import (
     Times,
     decode_chunk,
     decode_one,
+    keep_freed_memory,
 )
 
 log = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ class ImageStream(Iterator[np.ndarray]):
 
         def decode(jobs: list[DecodeJob]) -> Chunk:
             # A closure, because Ray displays the arguments of a task and logs runtime environments.
+            keep_freed_memory()
             return decode_chunk(jobs, options, sent=sent)
 
         return ray.remote(num_cpus=self._num_cpus)(decode), max(1.0, ray.cluster_resources().get("CPU", 1.0))

@@ -7,6 +7,7 @@ from typing import Any
 
 from dreamfleet.datasets.index.index import Index
 from dreamfleet.datasets.plan import BatchPlan
+from dreamfleet.datasets.serve.encoding_actors import EncodingActors
 from dreamfleet.datasets.serve.latent_files import LatentCache
 from dreamfleet.trainers.batches.cached_latents import serve_images
 from dreamfleet.trainers.batches.class_latents import add_class_latents
@@ -30,11 +31,13 @@ def build_feed(
     instances: Index,
     classes: Index | None = None,
     cache: LatentCache | None = None,
+    start_actors: Callable[[], EncodingActors] | None = None,
 ) -> tuple[Feed | ImageFeed, Callable[[Batch], Batch]]:
     """Return the feed of batches, and the function that prepares a batch on the device.
 
     Batches have latents, noise and prompts for a :class:`DiffusionMethod`, decoded images for an
     :class:`ImageMethod`. ``num_units``: the units that the workers divide among them at each step.
+    ``start_actors`` starts the actors of ``data.cache_resources``.
     """
     share = PlanShare(plan, num_units, distributed)
     if isinstance(method, ImageMethod):
@@ -47,7 +50,7 @@ def build_feed(
         data=recipe.data,
         noise=recipe.train,
         instances=instances,
-        images=serve_images(instances, method.model, recipe.data, **options),
+        images=serve_images(instances, method.model, recipe.data, **options, start_actors=start_actors),
         classes=classes,
         class_images=None
         if classes is None

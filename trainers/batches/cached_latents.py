@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 import torch
@@ -15,6 +15,7 @@ from dreamfleet.datasets.index.index import BadFile, Index
 from dreamfleet.datasets.plan import Draw
 from dreamfleet.datasets.serve.cache import jobs_of, missing_from
 from dreamfleet.datasets.serve.encoding import Encoding, encoding_of
+from dreamfleet.datasets.serve.encoding_actors import EncodingActors
 from dreamfleet.datasets.serve.latent_files import (
     Key,
     LatentCache,
@@ -89,8 +90,11 @@ def serve_images(
     cache: LatentCache | None,
     seed: int,
     distributed: DistributedContext | None = None,
+    start_actors: Callable[[], EncodingActors] | None = None,
 ) -> Images:
     """Return the source of an index's images: the cache if there is one, else that of :func:`load_images`.
+
+    ``start_actors`` starts the actors that encode what the cache lacks, with ``data.cache: while_training``.
 
     Raises DataError on every rank if the cache lacks images on any rank. For class images, which may be newer
     than the cache, it is no error: the run then encodes all of them.
@@ -106,7 +110,9 @@ def serve_images(
         if distributed.is_main:
             log.info("the cache lacks %d of %d encodings: this run adds them", len(missing), len(jobs))
         keeps = not reads_lazily(index, model, data, shown)
-        return FillingLatents(cache, index, shown, model, keys=keys_of(index, data), keeps=keeps)
+        return FillingLatents(
+            cache, index, shown, model, keys=keys_of(index, data), keeps=keeps, start_actors=start_actors
+        )
     if missing:
         summary = (
             f"{len(missing)} of {len(jobs)} encodings are not in the cache {cache.folder.url}, for example of "

@@ -47,6 +47,11 @@ def find_conflicts(
         )
     if reason := method.refused_by_engine(engine):
         found.append(reason)
+    if data.cache_resources is not None and scaling.is_local:
+        found.append(
+            "data.cache_resources starts processes on a Ray cluster, and scaling.num_workers: 0 trains without Ray; "
+            "set num_workers: 1 (a local Ray is started if there is no cluster), or leave data.cache_resources out"
+        )
     found += _validation_conflicts(validation, train, scaling)
     found += _fused_conflicts(optimizer, train, scaling)
     return found

@@ -8,10 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-
-from dreamfleet.datasets.errors import DataError, ModelError, RecipeError
+from dreamfleet.datasets.errors import DataError, RecipeError
 from dreamfleet.datasets.index.file_hashes import known_files
 from dreamfleet.datasets.index.index import Index, log_left_out
 from dreamfleet.datasets.index.sets import load_class_images, load_sets
@@ -19,17 +16,15 @@ from dreamfleet.datasets.serve.cache import Pool, encode_shards, jobs_of, make_s
 from dreamfleet.datasets.serve.encoding import encoding_of
 from dreamfleet.datasets.serve.latent_files import open_cache, write_manifest
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.batches.vae_encoding import encode_all
-from dreamfleet.trainers.config.model import ModelConfig
 from dreamfleet.trainers.config.scaling import WorkerShare, refuse_impossible, worker_resources
-from dreamfleet.trainers.distributed.device import ENCODING, explain_out_of_memory, on_device, with_index
+from dreamfleet.trainers.distributed.device import ENCODING, on_device
 from dreamfleet.trainers.driver.preflight import require_room_here, this_machine
 from dreamfleet.trainers.driver.shared_paths import check_machines, shared_paths
-from dreamfleet.trainers.memory.engine_selection import limit_card
 from dreamfleet.trainers.methods.base import method_class
 from dreamfleet.trainers.methods.image_method import ImageMethod
 from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.recipe import Recipe
+from dreamfleet.trainers.run.vae_encoder import VaeEncoder
 
 
 @dataclass
@@ -52,45 +47,6 @@ class CacheMade:
     def per_second(self) -> float:
         """Encoded latents per second, start-up included."""
         return self.encoded / self.seconds if self.seconds else 0.0
-
-
-class VaeEncoder:
-    """Encodes images with a model's VAE, in float32, so that one cache serves runs of every precision.
-
-    Raises ModelError if the VAE's hash is not ``encoder_hash``.
-    """
-
-    @explain_out_of_memory(ENCODING)
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        encoder_hash: str,
-        device: str,
-        gpu_share: float = 1.0,
-        threads: int | None = None,
-    ):
-        target = with_index(device)
-        if target.type == "cuda":
-            limit_card(target, None, gpu_share)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.model = load_model(config, {"vae"})
-        if self.model.encoder_hash != encoder_hash:
-            raise ModelError(
-                f"{config.pretrained_model_name_or_path} has another VAE here than on the machine that asked; give "
-                "every machine the same model"
-            )
-        self.model.vae.to(target)
-
-    @explain_out_of_memory(ENCODING)
-    def __call__(self, cuts: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Encode uint8 images ``[H, W, 3 or 4]`` of any sizes, as ``cut_image`` returns them.
-
-        Returns for each image its arrays by name: ``mean`` and ``std`` ``[C, h, w]``, and ``mask`` if it has
-        weights.
-        """
-        return encode_all(cuts, self.model)
 
 
 def cache_latents(

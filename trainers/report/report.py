@@ -40,6 +40,7 @@ BOTTLENECKS = {
     "decode": "decoding",
     "resize": "resizing",
     "transport": "transport between machines",
+    "encode": "encoding to latents",
 }
 # (file name in exports/, run_name=, recipe=) -> an object with `what` and `uses`, each of a `program` and a `text`.
 Describe = Callable[..., Any]

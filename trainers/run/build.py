@@ -43,6 +43,7 @@ from dreamfleet.trainers.models.family import DiffusionModel, load_model
 from dreamfleet.trainers.optim.optimizers import check_package, make_rates
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.run.disk import require_run_disk
+from dreamfleet.trainers.run.vae_encoder import encoding_actors
 from dreamfleet.trainers.run.webui_optimizer import take_over
 
 log = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ def assemble(
         instances=sets.instances,
         classes=classes,
         cache=cache,
+        start_actors=encoding_actors(recipe, method.model.encoder_hash) if cache is not None else None,
     )
     engine = make_engine(recipe, method, distributed)
     with ExitStack() as undo:

@@ -40,7 +40,7 @@ class Summary:
     base_model_hash: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     engine: str = ""
-    #: seconds that rank 0 has waited for streamed images, by cause (CAUSES in datasets/serve/stream.py)
+    #: seconds that rank 0 has waited for images, by cause: CAUSES in datasets/serve/stream.py, and `encode`
     data_waits: dict[str, float] = field(default_factory=dict)
     timeline: dict[str, Any] = field(default_factory=dict)  # Timeline.summary; empty for runs without events
 

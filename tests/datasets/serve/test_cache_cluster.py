@@ -20,10 +20,11 @@ from dreamfleet.datasets.serve.cache import Pool, encode_shards, jobs_of, make_s
 from dreamfleet.datasets.serve.encoding import encoding_of
 from dreamfleet.datasets.serve.latent_files import LatentCache, open_cache, write_manifest
 from dreamfleet.datasets.storage.storage import Storage
-from dreamfleet.trainers.driver.build_cache import VaeEncoder, cache_latents
+from dreamfleet.trainers.driver.build_cache import cache_latents
 from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe, build_recipe
 from dreamfleet.trainers.run.run import run_worker
+from dreamfleet.trainers.run.vae_encoder import VaeEncoder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.s3]
 ONE_CPU = {"scaling": {"num_workers": 2, "resources_per_worker": {"CPU": 1}}}  # one thread, as in the tests

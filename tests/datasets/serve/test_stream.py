@@ -15,9 +15,12 @@ from dreamfleet.datasets.errors import DataError, ResourceError, StorageError
 from dreamfleet.datasets.images.images import fit_image, open_image
 from dreamfleet.datasets.images.masks import ImageView
 from dreamfleet.datasets.index.index import Index, build_index
+from dreamfleet.datasets.json_text import json_text
+from dreamfleet.datasets.serve import decode_job
 from dreamfleet.datasets.serve.decode_job import DecodeJob, DecodeOptions, Times, decode_chunk
 from dreamfleet.datasets.serve.stream import AHEAD_BYTES, ImageStream
 from dreamfleet.datasets.storage.storage import Storage, read_uri
+from dreamfleet.trainers.report.report import write_report
 
 SIDE = 16
 
@@ -195,6 +198,59 @@ def test_a_wait_is_attributed_to_what_happened_meanwhile(local_ray, tmp_path):
         assert stream.waits == {"cpu": 1.0, "read": 2.0, "decode": 4.0, "resize": 2.0, "transport": 3.0}
         stream._count_wait(times, 100.0, 120.0, 120.5)  # it was ready before
         assert stream.waits["transport"] == 3.5 and stream.waits["decode"] == 4.0
+
+
+class Clock:
+    """Stands for the module `time`; only what is made slow takes time."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def time(self):
+        return self.now
+
+    perf_counter = time
+
+
+@pytest.mark.parametrize(
+    ("slow", "cause", "words"),
+    [
+        ("read_uri", "read", "reading files"),
+        ("open_view", "decode", "decoding"),
+        ("cut_opened", "resize", "resizing"),
+        ("", "transport", "transport between machines"),
+    ],
+)
+def test_each_slow_step_is_named_in_the_report(local_ray, tmp_path, monkeypatch, slow, cause, words):
+    clock = Clock()
+    monkeypatch.setattr(decode_job, "time", clock)
+    for seed in range(3):
+        put(tmp_path, f"{seed}.png", image(seed))
+    index = build_index(str(tmp_path))
+    jobs = [
+        DecodeJob(row.uri, row.sha256, None, ImageView(number, size=(SIDE, SIDE)))
+        for number, row in enumerate(index.rows())
+    ]
+    if slow:
+        step = getattr(decode_job, slow)
+
+        def slowly(*arguments, **options):
+            clock.now += 1.0
+            return step(*arguments, **options)
+
+        monkeypatch.setattr(decode_job, slow, slowly)
+    chunk = decode_chunk(jobs, DecodeOptions("lanczos"))
+    assert all(pixels is not None for pixels in chunk.images)
+    arrived = chunk.times.ended + (0.0 if slow else 3.0)
+    with ImageStream(index, [], resolution=SIDE, resampling="lanczos") as stream:
+        stream._count_wait(chunk.times, 100.0, 100.0, arrived)
+        assert {name: seconds for name, seconds in stream.waits.items() if seconds} == {cause: 3.0}
+        run = Storage(str(tmp_path / "run"))
+        run.write_text("recipe.yaml", "{}")
+        summary = {"figures": {"data_wait_fraction": 0.5}, "data_waits": stream.waits}
+        run.write_text("summary.json", json_text(summary))
+    write_report(run, describe=lambda *arguments, **options: None)
+    assert f"of training time; mostly for {words}" in run.read_text("report.html")
 
 
 @pytest.mark.cluster
