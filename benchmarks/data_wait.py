@@ -25,12 +25,8 @@ from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.run.build import assemble
 from dreamfleet.trainers.run.run import run_worker
 
-STEPS, GPU_STEPS, GPU_SECONDS = (
-    int(os.environ.get("STEPS", "30")),
-    int(os.environ.get("GPU_STEPS", "20")),
-    1.0,
-)
-SIDES = (64, 512)
+GPU_STEPS, GPU_SECONDS = int(os.environ.get("GPU_STEPS", "20")), 1.0
+STEPS = {64: 40, 512: 3}  # of the training, by size in pixels
 
 
 def recipe_of(folder: Path, photos: Path, side: int, steps: int) -> Any:
@@ -54,13 +50,13 @@ def recipe_of(folder: Path, photos: Path, side: int, steps: int) -> Any:
 
 def train(folder: Path, photos: Path, side: int) -> dict[str, Any]:
     """Train, and return what the summary says."""
-    recipe = recipe_of(folder, photos, side, STEPS)
+    recipe = recipe_of(folder, photos, side, STEPS[side])
     began = time.perf_counter()
     run_worker(recipe)
     summary = json.loads((folder / f"{side}" / "summary.json").read_text())
     return {
-        "steps": STEPS,
-        "seconds_per_step": summary["train_seconds"] / STEPS,
+        "steps": STEPS[side],
+        "seconds_per_step": summary["train_seconds"] / STEPS[side],
         "data_wait_fraction": summary["figures"]["data_wait_fraction"],
         "waits": summary["data_waits"],
         "seconds": time.perf_counter() - began,
@@ -104,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_photos(folder / "photos")
-        for side in SIDES:
+        for side in STEPS:
             found[f"{side}px"] = {
                 "gpu_like": feed_gpu(folder, folder / "photos", side),
                 "training": train(folder, folder / "photos", side),

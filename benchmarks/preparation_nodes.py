@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def main() -> None:
 def measure_nodes(share: float) -> dict[str, Any]:
     """Return images per second of `prepare` and `caption` on three nodes and on one, with images in a bucket.
 
-    The rate is that between two sets, so that the start of Ray's workers and of the models does not count.
+    The rate is that between two sets, so that the start of Ray's workers and of the models does not count; see compare.
     """
     sys.path.insert(0, str(SUPPORT))
     from lab.laboratory import BUCKET, Laboratory, end_on_sigterm, why_not
@@ -54,41 +55,57 @@ def measure_nodes(share: float) -> dict[str, Any]:
             lab.ask("upload", str(Path("/tmp/shared") / f"set-{count}"), f"s3://{BUCKET}/set-{count}")
         groups = [Share(node, share) for node in lab.nodes] if share else []
         try:
-            found["three"] = rates_on(lab, "three")
+            seconds_on(lab, "first")  # reads every library from the disk once
+            found["three"] = seconds_on(lab, "three")
             for node in lab.nodes[1:]:
                 node.power_off(farewell=True)
             wait_for_one(lab)
-            found["one"] = rates_on(lab, "one")
+            found["one"] = seconds_on(lab, "one")
         finally:
             for node in lab.nodes:
                 node.power_off(farewell=True)
             for group in groups:
                 group.remove()
-    found["ratio"] = {
-        name: round(found["three"][name]["per_second"] / found["one"][name]["per_second"], 2)
-        for name in found["one"]
+    return {**found, **compare(found["three"], found["one"])}
+
+
+def compare(three: Mapping[str, Sequence[float]], one: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return the rates of both clusters for each command, from the seconds for both sets, and how they compare.
+
+    ``whole``: the seconds of the larger set, start-up included, on one node over those on three. ``rates``: images per
+    second between the two sets, without start-up; None where the larger set took no longer.
+    """
+    rates = {
+        name: [
+            round((MANY - FEW) / (later - first), 2) if later > first else None
+            for first, later in (three[name], one[name])
+        ]
+        for name in one
     }
-    return found
+    return {
+        "whole": {name: round(one[name][1] / three[name][1], 2) for name in one},
+        "rates_three_one": rates,
+        "ratio": {name: round(a / b, 2) if a and b else None for name, (a, b) in rates.items()},
+    }
 
 
-def rates_on(lab: Any, name: str) -> dict[str, Any]:
-    """Return seconds for both sets and the rate between them, for each command, on the living nodes."""
+def seconds_on(lab: Any, name: str) -> dict[str, list[float]]:
+    """Return the seconds for both sets, for each command, on the living nodes."""
     from lab.laboratory import BUCKET
 
     commands: dict[str, list[str]] = {
         "prepare": ["OUT", "--size", "512", "--format", "jpg"],
         "caption": ["--tagger", "/tmp/shared/wd", "--out", "OUT.parquet"],
     }
-    found: dict[str, Any] = {}
+    found: dict[str, list[float]] = {}
     for command, options in commands.items():
-        seconds = []
+        seconds: list[float] = []
         for count in (FEW, MANY):
             out = f"s3://{BUCKET}/out-{name}-{command}-{count}"
             words = [word.replace("OUT", out) for word in options]
             seconds.append(run_on_head(lab, ["data", command, f"s3://{BUCKET}/set-{count}", *words]))
             print(name, command, count, round(seconds[-1], 1), flush=True)
-        rate = (MANY - FEW) / (seconds[1] - seconds[0])
-        found[command] = {"seconds": [round(one, 1) for one in seconds], "per_second": round(rate, 2)}
+        found[command] = [round(one, 1) for one in seconds]
     return found
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -20,6 +23,11 @@ from dreamfleet.datasets.serve.verified_files import VERIFIED, Stamp
 from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import read_uri
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+KEPT_BYTES, MAPPED_BYTES = (
+    2**26,
+    2**25,
+)  # freed memory that is kept; larger arrays (the most that glibc accepts) are not
 READERS = 16  # threads that read the files of a chunk from a bucket or over the network
 
 
@@ -73,6 +81,19 @@ class _Files(NamedTuple):
     mask: Mask | None
     failure: str = ""
     stamp: Stamp | None = None  # of the image file, before it was read
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of decoded images for the next ones, up to :data:`KEPT_BYTES`.
+
+    By default glibc returns it to the kernel, which maps and clears 2,500 pages for each photo that is decoded at full
+    size: a quarter of the time. Other C libraries are left as they are.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def decode_chunk(

@@ -29,6 +29,7 @@ from dreamfleet.datasets.serve.decode_job import (
     Times,
     decode_chunk,
     decode_one,
+    keep_freed_memory,
 )
 
 log = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ class ImageStream(Iterator[np.ndarray]):
 
         def decode(jobs: list[DecodeJob]) -> Chunk:
             # A closure, because Ray displays the arguments of a task and logs runtime environments.
+            keep_freed_memory()
             return decode_chunk(jobs, options, sent=sent)
 
         return ray.remote(num_cpus=self._num_cpus)(decode), max(1.0, ray.cluster_resources().get("CPU", 1.0))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dreamfleet.datasets.serve import verified_files
 from dreamfleet.datasets.serve.verified_files import VerifiedFiles
@@ -85,3 +87,22 @@ def test_a_process_that_decodes_imports_neither_pydantic_nor_pyarrow() -> None:
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         == "[]\n"
     )
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_a_process_that_decodes_keeps_the_memory_of_images(tmp_path: Path) -> None:
+    Image.new("RGB", (1280, 1024), "red").save(tmp_path / "photo.png")
+    code = f"""
+import resource
+from dreamfleet.datasets.images.masks import ImageView
+from dreamfleet.datasets.serve.decode_job import DecodeJob, DecodeOptions, decode_chunk, keep_freed_memory
+keep_freed_memory()
+job = DecodeJob({str(tmp_path / "photo.png")!r}, "", None, ImageView(0, None, False, (64, 64)))
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    assert decode_chunk([job] * 8, DecodeOptions("lanczos")).errors == [""] * 8
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(found) < 8 * 300  # pages; about 1,000 or more for each image otherwise
