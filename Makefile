@@ -14,7 +14,7 @@ FOLDERS := cluster datasets trainers tune
 PYTEST_ARGS ?=
 RUN ?= runs/demo
 
-.PHONY: help install install-test demo test test-fast lab storm test-gpu-matrix check lint types layers format links golden structure pages site docs wheel pocket bench bench-tune bench-gpu gpu-bundle clean
+.PHONY: help install install-test demo test test-fast test-bitsandbytes lab storm test-gpu-matrix check lint types layers format links golden structure pages site docs wheel pocket bench bench-tune bench-gpu gpu-bundle clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -65,6 +65,11 @@ test: $(VENV)/.installed-test ## every test of this machine, servers included (P
 
 test-fast: $(VENV)/.installed-test ## the tests without servers and compilers: about four and a half minutes on two cores
 	$(BIN)/python -m pytest $(IN_TWO) -m "not cluster and not lab and not s3 and not slow and not simulated_gpu and not gpu" $(PYTEST_ARGS)
+
+# Apart from the rest: peft imports bitsandbytes wherever it finds it, in every process of the other tests.
+test-bitsandbytes: $(VENV)/.installed-test ## the optimizers of bitsandbytes, on the CPU, which other tests skip
+	@[[ -d .cache/bitsandbytes/bitsandbytes ]] || $(PIP) --no-deps --target .cache/bitsandbytes bitsandbytes
+	PYTHONPATH=.cache/bitsandbytes $(BIN)/python -m pytest -q -k "8bit or paged" tests/trainers/optim/test_optimizer_registry.py
 
 lab: $(VENV)/.installed-test ## every fault on a cluster of namespaces; results and docs/faults.md (root, half an hour)
 	$(BIN)/python benchmarks/faults.py

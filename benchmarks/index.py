@@ -1,7 +1,7 @@
 """Measures how long the index of a set takes, and its memory, for folders and tar shards of tiny generated images.
 
     python benchmarks/index.py --images 1000 10000 100000
-    python benchmarks/index.py --images 10000 100000 --only builders ranks
+    python benchmarks/index.py --images 10000 --photos 2500 --only builders ranks
 
 Each measurement is a process of its own, so that its peak memory is that of one set. "again" opens the same set without
 a change. The images are 32 x 32 PNG files: the figures are the cost per image besides reading and decoding it.
@@ -13,6 +13,7 @@ batch plan in use for 200 steps.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -39,6 +40,7 @@ def main() -> None:
     """Measure each number of images and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="of ranks")
     parser.add_argument("--photos", type=int, default=2000)
     parser.add_argument("--only", nargs="+", default=["rows", "builders", "ranks"], help="what is measured")
     parser.add_argument(
@@ -58,12 +60,12 @@ def main() -> None:
     found = stored(options.only)
     with tempfile.TemporaryDirectory() as root:
         place = Path(root)
+        if "ranks" in options.only:
+            found["ranks"] = [hold(count, place / f"{count}.arrow") for count in options.rows]
         for count in options.images:
             folder, shards = make_images(place / f"folder-{count}", place / f"shards-{count}", count)
             if "builders" in options.only:
                 found["builders"] += compare_builders({"folder": folder, "tar": shards}, place, count)
-            if "ranks" in options.only:
-                found["ranks"].append({"images": count, **hold(folder, place / f"index-{count}.arrow")})
             for name, url, phash in (
                 ("folder", folder, "0"),
                 ("tar", shards, "0"),
@@ -78,16 +80,22 @@ def main() -> None:
         if "builders" in options.only and options.photos:
             photos = {"photos, phash": make_photos(place / "photos", options.photos)}
             found["builders"] += compare_builders(photos, place, options.photos)
-    write_result("index", found, how="python benchmarks/index.py " + " ".join(sys.argv[1:]))
+    write_result("index", found, how="; ".join(dict.fromkeys(found["commands"].values())))
 
 
-def stored(chosen: list[str]) -> dict[str, list[dict[str, Any]]]:
+def stored(chosen: list[str]) -> dict[str, Any]:
     """Return the parts of the stored result, in whose place the parts that are measured come."""
     chosen = (
         sys.argv[sys.argv.index("--only") + 1 :] if "--only" in sys.argv else ["rows", "builders", "ranks"]
     )
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    return {part: [] if part in chosen else before.get(part, []) for part in ("rows", "builders", "ranks")}
+    command = "python benchmarks/index.py " + " ".join(sys.argv[1:])
+    commands = {
+        **before.get("commands", {"rows": before.get("repeat", "")}),
+        **dict.fromkeys(chosen, command),
+    }
+    parts = {part: [] if part in chosen else before.get(part, []) for part in ("rows", "builders", "ranks")}
+    return {**parts, "commands": commands}
 
 
 def compare_builders(sets: dict[str, str], place: Path, count: int) -> list[dict[str, Any]]:
@@ -103,22 +111,34 @@ def compare_builders(sets: dict[str, str], place: Path, count: int) -> list[dict
     return rows
 
 
-def hold(folder: str, file: Path) -> dict[str, float]:
-    """Return what a rank holds of the index of a folder, which another process has built."""
+def hold(count: int, file: Path) -> dict[str, float]:
+    """Return what a rank holds of an index of images in a bucket, with captions of 60 characters."""
     import pyarrow as pa
 
-    from dreamfleet.datasets.index.set_store import open_set
+    from dreamfleet.datasets.index.image_index import SCHEMA
 
-    os.environ["DREAMFLEET_CACHE"] = str(file.with_suffix(".cache"))
-    index = open_set(folder, verify=False).index()
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, index.table.schema) as writer:
-        writer.write_table(index.table.combine_chunks())
+    digests = sorted(hashlib.sha256(str(number).encode()).hexdigest() for number in range(count))
+    values = {
+        "id": [digest[:16] for digest in digests],
+        "uri": [f"s3://bucket/photographs/of/many/things/{number:09d}.jpg" for number in range(count)],
+        "caption": [
+            f"a photograph of thing {number:09d}, outdoors, daylight, grass" for number in range(count)
+        ],
+        "sha256": digests,
+    }
+    same = {"width": 1280, "height": 1024, "concept": 0, "role": "instance", "repeats": 1, "fraction": 0.0}
+    columns = [values.get(name, [same.get(name)] * count) for name in SCHEMA.names]
+    table = pa.Table.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
+    )
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
     done = subprocess.run(
         [sys.executable, __file__, "--hold", str(file)], capture_output=True, text=True, check=True
     )
-    found = dict(json.loads(done.stdout.splitlines()[-1]))
+    found = {"images": count, "table_mb": round(table.nbytes / 1e6, 1), **json.loads(done.stdout)}
     print(found, flush=True)
-    return {"table_mb": round(index.table.nbytes / 1e6, 1), **found}
+    return found
 
 
 def hold_once(file: str) -> dict[str, float]:

@@ -74,14 +74,10 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
-def train_one(recipe: str, case: str, seed: int, folder: Path, *, steps: int) -> dict[str, Any]:
-    """Train a case; return its held-out losses by step, and its effective rate at each logged step."""
-    from dreamfleet.trainers.launch import fit
-
-    name, usual = RECIPES[recipe]
+def overrides_of(recipe: str, case: str, seed: int, out: Path, *, steps: int) -> list[str]:
+    """Return the overrides of a case's training into the folder ``out``."""
     optimizer, rate, factor, overrides = CASES[case]
-    out = folder / f"{recipe}-{list(CASES).index(case)}-{seed}"
-    options = [
+    return [
         "method.with_prior_preservation=false",
         f"output_dir={out}",
         f"train.max_train_steps={steps}",
@@ -95,11 +91,25 @@ def train_one(recipe: str, case: str, seed: int, folder: Path, *, steps: int) ->
         "scaling.num_workers=0",
         "report_to=[]",
         f"optimizer.name={optimizer}",
-        f"optimizer.learning_rate={usual * factor if rate is None else rate}",
+        f"optimizer.learning_rate={RECIPES[recipe][1] * factor if rate is None else rate}",
         *overrides,
     ]
-    fit(ROOT / "recipes" / f"{name}.yaml", overrides=options)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_one(recipe: str, case: str, seed: int, folder: Path, *, steps: int) -> dict[str, Any]:
+    """Train a case; return its held-out losses by step, and its effective rate at each logged step."""
+    from dreamfleet.trainers.launch import fit
+
+    out = folder / f"{recipe}-{list(CASES).index(case)}-{seed}"
+    options = overrides_of(recipe, case, seed, out, steps=steps)
+    done = fit(ROOT / "recipes" / f"{RECIPES[recipe][0]}.yaml", overrides=options)
+    assert done.summary.exit_reason == "completed", done.summary.exit_reason
+    return read_run(out)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return a finished run's held-out losses by step, and its effective rate at each logged step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [line.get("effective_lr", line["lr"]) for line in lines if "lr" in line]
     return {
         "holdout_loss": {

@@ -101,18 +101,18 @@ def stream(file: str) -> dict[str, object]:
 
 
 def store_mb() -> float:
-    """Return the part of the object store that was ever used: the shared memory of this Ray's raylet."""
-    parent = {}
-    shared = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            lines = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-        except OSError:
-            continue
-        if lines["Name"].strip() == "raylet":
-            parent[int(folder.name)] = int(lines["PPid"])
-            shared[int(folder.name)] = int(lines["RssShmem"].split()[0]) / 1024
-    return sum(shared[pid] for pid, of in parent.items() if of == os.getpid())
+    """Return the part of the object store that was ever used: the allocated pages of its file in shared memory."""
+    from ray._private.worker import _global_node
+
+    raylet = _global_node.all_processes["raylet"][0].process.pid
+    found = {}
+    for link in Path(f"/proc/{raylet}/fd").iterdir():
+        target = os.readlink(link)
+        if "plasma" in target:
+            status = link.stat()
+            found[status.st_ino] = status.st_blocks * 512 / 2**20
+    assert found, "the object store has no file in shared memory"
+    return sum(found.values())
 
 
 if __name__ == "__main__":

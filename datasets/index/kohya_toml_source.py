@@ -12,6 +12,7 @@ from typing import Any
 from dreamfleet.datasets.config import Concept
 from dreamfleet.datasets.errors import DataError
 from dreamfleet.datasets.index.dataset_file import DatasetFile, Found, mapping, mappings
+from dreamfleet.datasets.index.metadata_source import metadata_url
 from dreamfleet.datasets.index.set_concepts import with_class_images
 from dreamfleet.datasets.set_config import ImageSet
 
@@ -85,11 +86,6 @@ class KohyaTomlSource(DatasetFile):
 
 
 def _subset(values: Mapping[str, Any], what: str, found: Found) -> Concept:
-    if values.get("metadata_file"):
-        raise DataError(
-            f"{found.file}, {what}: metadata_file is not read. Write its captions to metadata.jsonl in the image "
-            'folder, one line {"file_name": "a.png", "text": "..."} for each image'
-        )
     found.unused(values, _KNOWN, f"{what}.", silent=_SILENT)
     for key, own in _EXPECTED.items():
         found.expect(f"{what}.{key}", values.get(key), own)
@@ -108,7 +104,7 @@ def _subset(values: Mapping[str, Any], what: str, found: Found) -> Concept:
     mask = values.get("conditioning_data_dir")
     return found.concept(
         {
-            "instance_data_dir": found.path(values.get("image_dir"), f"{what}.image_dir"),
+            "instance_data_dir": _place(values, what, found),
             "instance_prompt": values.get("class_tokens"),
             "mask_dir": found.path(mask, f"{what}.conditioning_data_dir") if mask else None,
             "recursive": bool(values.get("recursive", False)),
@@ -116,6 +112,16 @@ def _subset(values: Mapping[str, Any], what: str, found: Found) -> Concept:
         },
         what,
     )
+
+
+def _place(values: Mapping[str, Any], what: str, found: Found) -> str:
+    """Return the folder of a subset, or its metadata file with that folder."""
+    named = values.get("metadata_file")
+    if not named:
+        return found.path(values.get("image_dir"), f"{what}.image_dir")
+    file = found.path(named, f"{what}.metadata_file")
+    folder = values.get("image_dir")
+    return metadata_url(file, found.path(folder, f"{what}.image_dir") if folder else "")
 
 
 def _class_images(values: Mapping[str, Any], what: str, found: Found) -> ImageSet:

@@ -159,6 +159,7 @@ SOURCES: Registry[type[Source]] = Registry(
         "onetrainer": "dreamfleet.datasets.index.onetrainer_source:OneTrainerSource",
         "simpletuner": "dreamfleet.datasets.index.simpletuner_source:SimpleTunerSource",
         "everydream": "dreamfleet.datasets.index.everydream_source:EveryDreamSource",
+        "metadata": "dreamfleet.datasets.index.metadata_source:MetadataSource",
         "url": "dreamfleet.datasets.index.url_source:UrlSource",
         "edited": "dreamfleet.datasets.index.edited_source:EditedSource",
     },

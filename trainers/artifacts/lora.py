@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from dreamfleet.trainers.models.family import DiffusionModel
 
 
+_TITLES = {"lokr": "LoKr", "loha": "LoHa"}
+
+
 class LoraKind(ArtifactKind):
     """Low-rank updates of a model's weights."""
 
@@ -57,28 +60,36 @@ class LoraKind(ArtifactKind):
             return Usage(what.format("diffusers'"), (diffusers, ours))
         if name not in self.exported_names(run_name, method):
             return None
+        kind = method.get("lora_type", "lora")
         webui = Use("webui", f"copy to `models/Lora/`, write `<lora:{Path(name).stem}:1>` in the prompt")
         comfy = Use("ComfyUI", "copy to `models/loras/`, open it with Load LoRA")
+        if kind != "lora":
+            what = f"A {_TITLES.get(kind, kind)}, " + what.removeprefix("A LoRA, ")
+            return Usage(what.format("LyCORIS's"), (webui, comfy, ours))
         return Usage(what.format("kohya's"), (webui, comfy, diffusers, ours))
 
     def read_back(self, path: Path) -> dict[str, Tensor]:
-        """Return ``LAYER.down``, ``LAYER.up`` and ``LAYER.alpha`` for every layer, and what else it has."""
+        """Return ``LAYER.down``, ``LAYER.up`` and ``LAYER.alpha``, or LyCORIS's keys, for every layer."""
         import torch
 
         from dreamfleet.trainers.models.formats.lora import read_lora
 
+        file = read_lora(path)
+        found: dict[str, dict[str, Any]] = {layer: one._asdict() for layer, one in file.layers.items()}
+        found |= {layer: {**one.tensors, "alpha": one.alpha} for layer, one in file.factors.items()}
         return {
             f"{layer}.{part}": torch.as_tensor(value)
-            for layer, matrices in read_lora(path).layers.items()
-            for part, value in matrices._asdict().items()
+            for layer, parts in found.items()
+            for part, value in parts.items()
             if value is not None
         }
 
     def convert(self, source: Path, target: Path) -> Path:
-        """Write the LoRA in the other of the two layouts."""
+        """Write the LoRA in the other of the two layouts; a LoKr or LoHa in kohya's again, the only one it has."""
         from dreamfleet.trainers.models.formats.lora import read_lora, write_diffusers_lora, write_kohya_lora
 
         if target.suffix.lower() != ".safetensors":
             raise self.cannot_become(target, self.suffixes[:1])
         found = replace(read_lora(source), name=target.stem)
-        return (write_diffusers_lora if found.is_kohyas else write_kohya_lora)(found, target)
+        to_diffusers = found.is_kohyas and not found.factors
+        return (write_diffusers_lora if to_diffusers else write_kohya_lora)(found, target)

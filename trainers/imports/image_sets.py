@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dreamfleet.datasets.index.metadata_source import metadata_url
 from dreamfleet.trainers.imports.draft import Draft
 from dreamfleet.trainers.imports.rules import Effect
 
@@ -27,6 +28,15 @@ class ImageSet:
     is_class: bool = False
     masks: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def with_metadata(draft: Draft, where: str, file: Any, folder: Any) -> str:
+    """Return the address of kohya's metadata file and the folder of its images, both mapped; or only the folder."""
+    folder = str(folder or "")
+    if not file:
+        return folder
+    found = draft.paths.image_folder(where, str(file))
+    return metadata_url(found, draft.paths.image_folder(where, folder) if folder else "")
 
 
 def write_sets(draft: Draft, sets: Sequence[ImageSet]) -> None:

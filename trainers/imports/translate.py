@@ -12,6 +12,7 @@ from dreamfleet.trainers.imports.documents import read_document
 from dreamfleet.trainers.imports.draft import Draft, LeftOut, Line
 from dreamfleet.trainers.imports.image_sets import PLACEHOLDER
 from dreamfleet.trainers.imports.importer import Importer, find_importer
+from dreamfleet.trainers.imports.lora_type import fit_lora_type
 from dreamfleet.trainers.imports.paths import PathMap, read_pairs
 from dreamfleet.trainers.imports.rules import Effect
 from dreamfleet.trainers.imports.settings import Document, Settings
@@ -82,6 +83,7 @@ def import_documents(
     draft = Draft(importer.method(settings, documents), paths)
     draft.put("method.name", draft.method, source="")
     importer.translate(settings, draft)
+    fit_lora_type(draft)
     _complete(draft, documents[0])
     _validate(draft, importer)
     if unused := [old for old, _ in pairs if old not in paths.used]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.methods.export_request import Export
 from dreamfleet.trainers.methods.layer_rates import RateByLayer, freeze
 from dreamfleet.trainers.methods.lora_regularization import drop_hidden, limit_norms
+from dreamfleet.trainers.models.factor_layers import FactorShape
 from dreamfleet.trainers.models.family import DiffusionModel
 from dreamfleet.trainers.models.formats.file_names import DIFFUSERS_LORA
 from dreamfleet.trainers.models.formats.lora import LoraFile, write_diffusers_lora
 from dreamfleet.trainers.models.formats.lora_header import PREDICTION
-from dreamfleet.trainers.models.lora import add_adapters, merged, trained_layers
+from dreamfleet.trainers.models.lora import add_adapters, add_factors, merged, trained_factors, trained_layers
 from dreamfleet.trainers.optim.param_group import ParamGroup
 
 WHOLE_FORMATS = ("diffusers", "safetensors", "ckpt")
@@ -27,23 +29,28 @@ LORA_FORMATS = ("diffusers_lora", "kohya_lora")
 def usual_formats(config: WholeModelConfig) -> tuple[str, ...]:
     """Return the formats that an export writes by default.
 
-    For a DoRA only diffusers' layout: ComfyUI and the webui read the other one, but divide by other lengths.
+    For a DoRA only diffusers' layout: ComfyUI and the webui read the other one, but divide by other lengths. For a
+    LoKr or LoHa only kohya's.
     """
     if config.lora_rank is None:
         return WHOLE_FORMATS[:2]
+    if config.lora_type != "lora":
+        return LORA_FORMATS[1:]
     return LORA_FORMATS[:1] if config.use_dora else LORA_FORMATS
 
 
 def possible_formats(config: WholeModelConfig) -> tuple[str, ...]:
     """Return all formats that an export can write; for a LoRA run also models with the LoRA merged in."""
-    return WHOLE_FORMATS if config.lora_rank is None else (*LORA_FORMATS, *WHOLE_FORMATS)
+    if config.lora_rank is None:
+        return WHOLE_FORMATS
+    return (*(LORA_FORMATS if config.lora_type == "lora" else LORA_FORMATS[1:]), *WHOLE_FORMATS)
 
 
 def learning_parts(model: DiffusionModel, config: WholeModelConfig) -> nn.ModuleDict:
     """Make the U-Net and, on request, the text encoders trainable; return one module that holds them.
 
     It is one module so that one engine (DDP, DeepSpeed) wraps all parts. With ``lora_rank`` it holds only the
-    LoRA matrices. Frozen layers are not trained and get no LoRA.
+    LoRA matrices, or factors of a LoKr or LoHa. Frozen layers are not trained and get no LoRA.
     """
     parts, rate_of = model.trainable_parts(text=config.train_text_encoder), RateByLayer(config, model)
     unread = model.unread_layers() if config.train_text_encoder else []
@@ -54,17 +61,7 @@ def learning_parts(model: DiffusionModel, config: WholeModelConfig) -> nn.Module
             part: [layer for layer in layers if not rate_of(f"{part}.{layer}").is_frozen]
             for part, layers in chosen.items()
         }
-        alpha = config.lora_alpha or config.lora_rank
-        learning = add_adapters(
-            model,
-            chosen,
-            rank=config.lora_rank,
-            alpha=alpha,
-            dropout=config.lora_dropout,
-            use_dora=config.use_dora,
-        )
-        drop_hidden(model, config)
-        return learning
+        return add_lora(model, chosen, config)
     learning = nn.ModuleDict(parts)
     for part in learning.values():
         part.requires_grad_(True).train()
@@ -78,6 +75,31 @@ def learning_parts(model: DiffusionModel, config: WholeModelConfig) -> nn.Module
     )
     rate_of.check(trained)
     freeze(learning, rate_of)
+    return learning
+
+
+def add_lora(
+    model: DiffusionModel, layers: Mapping[str, Sequence[str]], config: WholeModelConfig
+) -> nn.ModuleDict:
+    """Add the recipe's LoRA, LoKr or LoHa to the named layers of each part; return its parameters by part."""
+    rank = config.lora_rank
+    assert rank is not None
+    alpha = config.lora_alpha or rank
+    if config.lora_type != "lora":
+        shape = FactorShape(
+            config.lora_type,
+            rank,
+            alpha,
+            factor=config.lokr_factor or -1,
+            both=config.lokr_decompose_both,
+            whole=config.lokr_full_matrix,
+            module_dropout=config.module_dropout,
+        )
+        return add_factors(model, layers, shape)
+    learning = add_adapters(
+        model, layers, rank=rank, alpha=alpha, dropout=config.lora_dropout, use_dora=config.use_dora
+    )
+    drop_hidden(model, config)
     return learning
 
 
@@ -120,7 +142,8 @@ def export_tuned(config: WholeModelConfig, model: DiffusionModel, order: Export)
         return export_checkpoints(model, order)
     prediction = "v" if model.prediction_type == "v_prediction" else model.prediction_type
     forms, metadata = order.formats, {**order.metadata, PREDICTION: prediction}
-    file = LoraFile(order.name, trained_layers(model), metadata)
+    factors = trained_factors(model, alpha=config.lora_alpha or config.lora_rank)
+    file = LoraFile(order.name, trained_layers(model), metadata, factors=factors)
     paths = []
     if "diffusers_lora" in forms:
         paths.append(write_diffusers_lora(file, order.folder / DIFFUSERS_LORA, dtype=order.dtype))

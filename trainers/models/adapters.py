@@ -1,4 +1,4 @@
-"""Inserts LoRA adapters into the layers of a module with peft, fills them, merges them into weights, removes them.
+"""Inserts adapters into the layers of a module with peft, fills them, merges them into weights, removes them.
 
 Source: Hu et al. 2021 (arXiv 2106.09685).
 """
@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dreamfleet.trainers.models.factor_layers import FactorShape, factor_parameters, wrap_layer
 from dreamfleet.trainers.models.formats.lora import Matrices
+from dreamfleet.trainers.models.formats.lycoris import Factors
 
 MAGNITUDE = "lora_magnitude_vector"  # peft's name of the lengths of a DoRA
 
@@ -34,13 +36,20 @@ def has_adapters(part: nn.Module) -> bool:
 
 
 def adapted(part: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the layers of a part that have adapters, by name."""
+    """Yield the layers of a part that have adapters, by name; of layers around one another the outermost."""
     if has_adapters(part):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         for name, module in part.named_modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, BaseTunerLayer) and not name.endswith(".base_layer"):
                 yield name, module
+
+
+def nested(layer: Any) -> Iterator[Any]:
+    """Yield a layer with adapters, then those inside it: a LoKr or LoHa of a file is a layer around the others."""
+    while hasattr(layer, "base_layer"):
+        yield layer
+        layer = layer.base_layer
 
 
 def insert_adapters(
@@ -80,6 +89,34 @@ def insert_adapters(
     )
 
 
+def insert_factors(part: Any, layers: Mapping[str, FactorShape], *, adapter: str) -> None:
+    """Add a trainable LoKr or LoHa, initially without effect, to the named layers."""
+    for name, shape in layers.items():
+        module = part.get_submodule(name)
+        factors = shape.make(module.weight)
+        _wrap(part, name, wrap_layer(module, factors, adapter=adapter, module_dropout=shape.module_dropout))
+
+
+def apply_factors(part: Any, layers: Mapping[str, Factors], *, adapter: str, strength: float) -> None:
+    """Add the LoKr or LoHa of a file to the named layers, around the adapters that they have."""
+    for name, factors in layers.items():
+        module = part.get_submodule(name)
+        _wrap(part, name, wrap_layer(module, factors, adapter=adapter, strength=strength))
+
+
+def _wrap(part: Any, name: str, layer: Any) -> None:
+    _replace(part, name, layer)
+    part.peft_config = getattr(part, "peft_config", {})  # marks a part with adapters, as peft does
+
+
+def freeze_adapters(part: nn.Module) -> None:
+    """Activate all adapters of a part, without gradients."""
+    for _, outermost in adapted(part):
+        for layer in nested(outermost):
+            held = layer.lora_A if hasattr(layer, "lora_A") else layer.r
+            layer.set_adapter(list(held), inference_mode=True)
+
+
 def remove_adapters(part: Any) -> None:
     """Remove all adapters from a part; the weights of its layers are unchanged."""
     for name, layer in list(adapted(part)):
@@ -98,8 +135,10 @@ def adapter_tree(part: nn.Module, adapter: str) -> nn.Module:
                 node.add_module(piece, nn.Module())
             node = node.get_submodule(piece)
         for kind in ("lora_A", "lora_B", "lora_dropout", MAGNITUDE):
-            if adapter in getattr(layer, kind):
+            if adapter in getattr(layer, kind, ()):
                 node.add_module(kind, getattr(layer, kind)[adapter])
+        for key, parameter in factor_parameters(layer, adapter).items():
+            node.register_parameter(key, parameter)
     return root
 
 
@@ -115,8 +154,8 @@ def fill_adapter(layer: Any, adapter: str, matrices: Matrices) -> None:
 
 def magnitude_of(layer: Any, adapter: str) -> Tensor | None:
     """Return the lengths ``[out]`` of a layer's weights if its adapter is a DoRA, else None."""
-    lengths = getattr(layer, MAGNITUDE)
-    return lengths[adapter].weight.reshape(-1) if adapter in lengths else None
+    lengths = getattr(layer, MAGNITUDE, ())
+    return lengths[adapter].weight.reshape(-1) if adapter in lengths else None  # type: ignore[call-overload]
 
 
 def fit_matrices(matrices: Matrices, module: nn.Module) -> Matrices | None:
@@ -134,21 +173,34 @@ def fit_matrices(matrices: Matrices, module: nn.Module) -> Matrices | None:
     return Matrices(down.reshape(-1, entering, *kernel), up.reshape(leaving, -1, *ones), alpha, magnitude)
 
 
+def fits_layer(factors: Factors, module: nn.Module) -> bool:
+    """Return whether a LoKr or LoHa has the size of a layer."""
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return False
+    weight = module.weight
+    return factors.shape() == (weight.shape[0], weight.shape[1:].numel())
+
+
 def fold_adapter(part: nn.Module, name: str, layer: Any) -> Callable[[], None]:
     """Replace a layer with adapters by the original layer with the adapters merged into its weight.
 
-    Returns a function that undoes this.
+    The layer's output has equal changes in the order in which they are applied: a LoRA, LoKr or LoHa adds to the
+    output; a DoRA scales the output so far by its lengths over those of the original weight and its own change, and
+    adds. Returns a function that undoes this.
     """
     base = layer.get_base_layer()
     weight: Tensor = base.weight
     kept = weight.detach().clone()
     with torch.no_grad():
-        for adapter in layer.active_adapters:
-            changed = weight.float() + layer.get_delta_weight(adapter).to(weight.device, torch.float32)
-            if (lengths := magnitude_of(layer, adapter)) is not None:
-                rows = changed.flatten(1)
-                changed = (rows * (lengths.float() / rows.norm(dim=1))[:, None]).reshape(changed.shape)
-            weight.copy_(changed)
+        changed = kept.float()
+        applied = [(one, adapter) for one in reversed(list(nested(layer))) for adapter in one.active_adapters]
+        for one, adapter in applied:
+            own = one.get_delta_weight(adapter).to(weight.device, torch.float32)
+            changed = changed + own
+            if (lengths := magnitude_of(one, adapter)) is not None:
+                ratio = lengths.float() / (kept.float() + own).flatten(1).norm(dim=1)
+                changed = changed * ratio.reshape(-1, *[1] * (changed.ndim - 1))
+        weight.copy_(changed)
     _replace(part, name, base)
 
     def undo() -> None:

@@ -1,15 +1,16 @@
 """LoRA for models of any family: adds adapters for training, applies LoRA files for sampling, merges them into weights.
 
 An adapter adds ``alpha / rank * up @ down`` to the weight of its layer (Hu et al. 2021, arXiv 2106.09685). Adapters of
-convolutions (LoCon) are those of kohya-ss/sd-scripts, `networks/lora.py`.
+convolutions (LoCon) are those of kohya-ss/sd-scripts, `networks/lora.py`; LoKr and LoHa are LyCORIS's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,15 +19,21 @@ from dreamfleet.trainers.models.adapters import (
     Strength,
     adapted,
     adapter_tree,
+    apply_factors,
     fill_adapter,
     fit_matrices,
+    fits_layer,
     fold_adapter,
+    freeze_adapters,
     insert_adapters,
+    insert_factors,
     magnitude_of,
     remove_adapters,
 )
 from dreamfleet.trainers.models.embeddings import lend_embeddings
+from dreamfleet.trainers.models.factor_layers import FactorShape, factors_of
 from dreamfleet.trainers.models.formats.lora import LoraFile, Matrices
+from dreamfleet.trainers.models.formats.lycoris import Factors
 
 if TYPE_CHECKING:
     from dreamfleet.trainers.models.family import DiffusionModel
@@ -60,8 +67,34 @@ def add_adapters(
     return trainable
 
 
+def add_factors(
+    model: DiffusionModel, layers: Mapping[str, Sequence[str]], shape: FactorShape
+) -> nn.ModuleDict:
+    """Add a trainable LoKr or LoHa, initially without effect, to the named layers; return the factors by part.
+
+    As :func:`add_adapters`; the parameters are called ``to_q.lokr_w1`` and so on.
+    """
+    trainable = nn.ModuleDict()
+    for part, names in layers.items():
+        module = model.modules()[part]
+        insert_factors(module, dict.fromkeys(names, shape), adapter=TRAINED)
+        trainable[part] = adapter_tree(module, TRAINED)
+        module.train()
+    return trainable
+
+
+def trained_factors(model: DiffusionModel, *, alpha: float) -> dict[str, Factors]:
+    """Return the trained LoKr or LoHa by layer, named as in a LoRA file; empty for a LoRA."""
+    return {
+        f"{part}.{_file_name(model, part, name)}": found
+        for part, module in model.modules().items()
+        for name, layer in adapted(module)
+        if (found := factors_of(layer, TRAINED, alpha=alpha)) is not None
+    }
+
+
 def trained_layers(model: DiffusionModel) -> dict[str, Matrices]:
-    """Return the trained matrices by layer, named as in a LoRA file."""
+    """Return the trained matrices by layer, named as in a LoRA file; empty for a LoKr or LoHa."""
     return {
         f"{part}.{_file_name(model, part, name)}": Matrices(
             layer.lora_A[TRAINED].weight.detach(),
@@ -71,6 +104,7 @@ def trained_layers(model: DiffusionModel) -> dict[str, Matrices]:
         )
         for part, module in model.modules().items()
         for name, layer in adapted(module)
+        if hasattr(layer, "lora_A")
     }
 
 
@@ -82,11 +116,16 @@ def set_loras(model: DiffusionModel, applied: Sequence[Applied]) -> None:
     """
     for part in model.modules().values():
         remove_adapters(part)
+    factored: list[Callable[[], None]] = []  # last: a LoKr or LoHa is a layer around peft's LoRA of all files
     for number, (file, by) in enumerate(applied):
         strength = by if isinstance(by, Strength) else Strength(by, by)
-        for part_name, layers in _layers_by_part(model, file).items():
+        parts = _layers_by_part(model, file)
+        for part_name, found in parts.items():
             module, adapter = model.modules()[part_name], f"drawing_{number}"
             scale = strength.denoiser if part_name == model.denoiser_name else strength.text
+            factors = {name: one for name, one in found.items() if isinstance(one, Factors)}
+            factored.append(partial(apply_factors, module, factors, adapter=adapter, strength=scale))
+            layers = {name: one for name, one in found.items() if isinstance(one, Matrices)}
             is_dora = _is_dora(file, layers.values(), scale)
             shapes = {name: (m.rank, m.alpha) for name, m in layers.items()}
             insert_adapters(module, shapes, adapter=adapter, use_dora=is_dora)
@@ -94,9 +133,10 @@ def set_loras(model: DiffusionModel, applied: Sequence[Applied]) -> None:
                 if name in layers:
                     fill_adapter(layer, adapter, layers[name])
                     layer.set_scale(adapter, scale)
+    for wrap in factored:
+        wrap()
     for part in model.modules().values():
-        for _, layer in adapted(part):
-            layer.set_adapter(list(layer.lora_A), inference_mode=True)
+        freeze_adapters(part)
     lend_embeddings(model, [embedding for file, _ in applied for embedding in file.embeddings])
     model.loras = tuple(applied)
 
@@ -139,17 +179,18 @@ def _is_dora(file: LoraFile, layers: Iterable[Matrices], strength: float) -> boo
     return True in kinds
 
 
-def _layers_by_part(model: DiffusionModel, file: LoraFile) -> dict[str, dict[str, Matrices]]:
+def _layers_by_part(model: DiffusionModel, file: LoraFile) -> dict[str, dict[str, Matrices | Factors]]:
     """Return a file's matrices, reshaped for the model: part -> layer -> matrices. Raises ModelError on a mismatch."""
-    found: dict[str, dict[str, Matrices]] = {}
+    found: dict[str, dict[str, Matrices | Factors]] = {}
     wrong = []
-    for layer, matrices in file.layers.items():
+    changes: dict[str, Matrices | Factors] = {**file.layers, **file.factors}
+    for layer, change in changes.items():
         part, _, name = layer.partition(".")
         holder = model.modules().get(part)
         if holder is not None and part != model.denoiser_name and not hasattr(holder, "text_model"):
             name = name.removeprefix("text_model.")  # transformers 5 removed this level
         module = _find_layer(holder, name)
-        fitting = fit_matrices(matrices, module) if module is not None else None
+        fitting = _fit(change, module) if module is not None else None
         if fitting is None:
             wrong.append(layer)
         else:
@@ -162,12 +203,20 @@ def _layers_by_part(model: DiffusionModel, file: LoraFile) -> dict[str, dict[str
     return found
 
 
+def _fit(change: Matrices | Factors, module: nn.Module) -> Matrices | Factors | None:
+    if isinstance(change, Matrices):
+        return fit_matrices(change, module)
+    return change if fits_layer(change, module) else None
+
+
 def _find_layer(part: nn.Module | None, name: str) -> nn.Module | None:
     try:
-        found = part.get_submodule(name) if part is not None else None
+        found: Any = part.get_submodule(name) if part is not None else None
     except AttributeError:
         return None
-    return getattr(found, "base_layer", found)
+    while hasattr(found, "base_layer"):
+        found = found.base_layer
+    return found  # type: ignore[no-any-return]
 
 
 def _file_name(model: DiffusionModel, part: str, name: str) -> str:

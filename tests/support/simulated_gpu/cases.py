@@ -41,6 +41,9 @@ LEFT_OUT: dict[Any, str] = {
     "engine.dynamo_backend": "comes with engine.torch_compile; inductor needs CUDA's compiler",
     "engine.zero_quantized_weights": "DeepSpeed compiles CUDA kernels for it",
     "engine.zero_quantized_gradients": "DeepSpeed compiles CUDA kernels for it",
+    "method.lora_type": "KINDS_OF_LORA, the last options of all",
+    "method.lokr_decompose_both": "other sizes of the same factors",
+    "method.lokr_full_matrix": "other sizes of the same factors",
     ("data.source", "stream"): "Ray tasks stream on CPUs",
     ("validation.metrics", "dino"): "needs the weights of a DINO",
     ("model.prediction_type", "sample"): "no samplers draw it",
@@ -97,6 +100,10 @@ FURTHER: list[Values] = [
     {"model.clip_skip": 2},
     {"data.cache_dir": "FOLDER/latents"},
     {"data.caption_dropout": 0.5},
+]
+KINDS_OF_LORA: list[Values] = [
+    {"method.lora_rank": 4, "method.lora_type": kind, "method.module_dropout": 0.2}
+    for kind in ("lokr", "loha")
 ]
 #: Keys that need the images of `make_shapes` instead of the default images.
 SHAPES = ("data.alpha_mask", "data.enable_bucket", "data.bucket_no_upscale")
@@ -159,7 +166,7 @@ def with_options(rows: list[Row], folder: Path) -> list[Row]:
     """Add every option to one row that accepts it. Raises AssertionError for an option that no row accepts."""
     rows = [row._replace(options=_every_format(row, rows[:number])) for number, row in enumerate(rows)]
     turn = 0
-    for option in [*map(_engine_values, [*CHOICES[1:], *ALTERING]), *FURTHER, *options()]:
+    for option in [*map(_engine_values, [*CHOICES[1:], *ALTERING]), *FURTHER, *options(), *KINDS_OF_LORA]:
         order = [(turn + step) % len(rows) for step in range(len(rows))]
         place = next((number for number in order if _goes_with(option, rows[number], folder)), None)
         assert place is not None, f"no row can have {option}: name it in LEFT_OUT, or what it needs in NEEDS"

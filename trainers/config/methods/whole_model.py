@@ -14,6 +14,8 @@ from dreamfleet.trainers.config.layer_rates import LayerRates
 from dreamfleet.trainers.config.method import MethodConfig, SearchSpace
 
 _HIDDEN_DROPOUTS = ("neuron_dropout", "rank_dropout", "module_dropout")
+_LOKR_KEYS = ("lokr_factor", "lokr_decompose_both", "lokr_full_matrix")
+_LORA_ONLY = ("use_dora", "lora_dropout", "neuron_dropout", "rank_dropout", "scale_weight_norms")
 _TARGET_SETS = ("all-linear", "locon")
 
 
@@ -43,6 +45,27 @@ class WeightsConfig(MethodConfig):
         ge=1,
         validation_alias=AliasChoices("lora_rank", "rank", "network_dim"),
         description="train a LoRA of this rank, usually 4 to 128, instead of the full weights; a file of megabytes",
+    )
+    lora_type: Literal["lora", "lokr", "loha"] = Field(
+        "lora",
+        validation_alias=AliasChoices("lora_type", "algo"),
+        description="`lokr` and `loha`: LyCORIS's Kronecker and Hadamard products of factors of this rank instead of a "
+        "LoRA's two matrices; for kohya's scripts, ComfyUI and the webui",
+    )
+    lokr_factor: int | None = Field(
+        None,
+        validation_alias=AliasChoices("lokr_factor", "factor"),
+        description="LoKr: largest size of the smaller factor; default, and -1: the nearest to a square root",
+    )
+    lokr_decompose_both: bool = Field(
+        False,
+        validation_alias=AliasChoices("lokr_decompose_both", "decompose_both"),
+        description="LoKr: the smaller factor has the rank too, where that is less",
+    )
+    lokr_full_matrix: bool = Field(
+        False,
+        validation_alias=AliasChoices("lokr_full_matrix", "full_matrix"),
+        description="LoKr: the larger factor is a whole matrix; a rank of half its size or more does the same",
     )
     lora_alpha: float | None = Field(
         None,
@@ -111,12 +134,15 @@ class WeightsConfig(MethodConfig):
             "use_dora",
             *_HIDDEN_DROPOUTS,
             "scale_weight_norms",
+            *_LOKR_KEYS,
         )
         given = [key for key in keys if getattr(self, key)]
+        given += ["lora_type"] if self.lora_type != "lora" else []
         if given and self.lora_rank is None:
             raise ValueError(
                 f"{given[0]} needs lora_rank, such as 8; without it the full weights are trained"
             )
+        self._check_type()
         inside = [key for key in (*_HIDDEN_DROPOUTS, "scale_weight_norms") if getattr(self, key)]
         if self.use_dora and inside:
             raise ValueError(
@@ -125,12 +151,27 @@ class WeightsConfig(MethodConfig):
             )
         return self
 
+    def _check_type(self) -> None:
+        """Raise ValueError for options that the kind of LoRA does not have."""
+        if self.lora_type != "lokr" and (given := [key for key in _LOKR_KEYS if getattr(self, key)]):
+            raise ValueError(f"{given[0]} is an option of lora_type: lokr")
+        if self.lokr_factor is not None and self.lokr_factor < 1 and self.lokr_factor != -1:
+            raise ValueError(f"lokr_factor must be -1 or at least 1 (got {self.lokr_factor})")
+        without = [key for key in _LORA_ONLY if getattr(self, key)]
+        if self.lora_type != "lora" and without:
+            raise ValueError(
+                f"{without[0]} is for a LoRA's two matrices, which lora_type: {self.lora_type} does not have; leave it "
+                "out (module_dropout works), or train a LoRA"
+            )
+
     @property
     def unpackable(self) -> str | None:
         if self.lora_rank is None:
             return "without lora_rank trains the model itself"
         if self.use_dora:
             return "with use_dora scales the frozen weights"
+        if self.lora_type != "lora":
+            return f"with lora_type: {self.lora_type} has no two matrices, which a pack multiplies at once"
         used = [key for key in _HIDDEN_DROPOUTS if getattr(self, key)]
         if used:
             return f"with {used[0]} changes a LoRA between its matrices, which a pack multiplies at once"
@@ -144,6 +185,11 @@ class WeightsConfig(MethodConfig):
             )
         if self.use_dora and engine.zero_stage == 3:
             return "method.use_dora reads whole weights, which engine.zero_stage: 3 shards; use zero_stage: 2"
+        if self.lora_type != "lora" and engine.zero_stage == 3:
+            return (
+                f"method.lora_type: {self.lora_type} reads its factors outside a layer's forward pass, where "
+                "engine.zero_stage: 3 has sharded them; use zero_stage: 2"
+            )
         return None
 
     @property
@@ -159,4 +205,8 @@ class WholeModelConfig(LayerRates, WeightsConfig):  # pydantic lists the keys of
         ratios = [key for key in type(self).model_fields if key.startswith("loraplus") and getattr(self, key)]
         if ratios and self.lora_rank is None:
             raise ValueError(f"{ratios[0]} needs lora_rank, such as 8; without it there are no up matrices")
+        if ratios and self.lora_type != "lora":
+            raise ValueError(
+                f"{ratios[0]} is for the up matrices of a LoRA; lora_type: {self.lora_type} has none"
+            )
         return self

@@ -119,6 +119,10 @@ class AiToolkit(Importer):
         kind = str(settings.get("network.type", "lora"))
         if kind not in ("lora", "locon"):
             draft.put("method.lora_type", kind, source="network.type", shown=kind)
+        if kind == "lokr" and settings.get("network.lokr_full_rank", True) is True:
+            is_default = not settings.has("network.lokr_full_rank")
+            key = "method.lokr_full_matrix"
+            draft.put(key, True, source="network.lokr_full_rank", is_default=is_default)
         rank = number(settings.get("network.linear", settings.get("network.rank", 4)))
         alpha = settings.get("network.linear_alpha", settings.get("network.alpha"))
         draft.put("method.lora_rank", int(rank), source="network.linear")

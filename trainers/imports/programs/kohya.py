@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from dreamfleet.trainers.imports.draft import Draft
-from dreamfleet.trainers.imports.image_sets import use_class_images, write_sets
+from dreamfleet.trainers.imports.image_sets import use_class_images, with_metadata, write_sets
 from dreamfleet.trainers.imports.importer import Importer
 from dreamfleet.trainers.imports.programs import kohya_keys
 from dreamfleet.trainers.imports.programs.common import (
@@ -156,7 +156,10 @@ class Kohya(Importer):
         sets = read_subsets(settings, draft)
         write_sets(draft, sets)
         folder = settings.get("train_data_dir")
-        if folder and not sets:
+        if settings.has("in_json") and not sets:
+            place = with_metadata(draft, "in_json", settings.get("in_json"), folder)
+            draft.put("data.instance_data_dir", place, source="in_json")
+        elif folder and not sets:
             draft.put("data.train_data_dir", folder, source="train_data_dir")
             if settings.has("reg_data_dir"):
                 note = "its folders are named 1_cat: the prompt is in the name"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from dreamfleet.trainers.imports.command_line import parse_command
 from dreamfleet.trainers.imports.draft import Draft
+from dreamfleet.trainers.imports.image_sets import with_metadata
 from dreamfleet.trainers.imports.programs.common import (
     SPEED,
     WEB,
@@ -69,12 +70,11 @@ GUI_RULES: Table = {
     **changes("blocks of the LoRA have one rank", "conv_block_alphas", "conv_dims", "conv_alphas"),
     **{name: To(f"method.{name}", off=("",)) for name in ("down_lr_weight", "mid_lr_weight", "up_lr_weight")},
     **changes("write 0 for the weights below it", "block_lr_zero_threshold"),
-    **ignored(
-        _LYCORIS, "LyCORIS_preset", "unit", "factor", "constrain", "rescaled", "train_on_input", "use_cp"
-    ),
+    "factor": To("method.lokr_factor", off=(-1,)),
+    "decompose_both": To("method.lokr_decompose_both", off=(False,)),
+    **ignored(_LYCORIS, "LyCORIS_preset", "unit", "constrain", "rescaled", "train_on_input", "use_cp"),
     **ignored(
         _LYCORIS,
-        "decompose_both",
         "use_tucker",
         "use_scalar",
         "train_norm",
@@ -103,8 +103,10 @@ GUI_RULES: Table = {
     ),
     **ignored(WEB, "use_wandb"),
     **joined("the folder of captioned images", "data.train_data_dir", "image_folder"),
-    **ignored(_ADVICE, "train_dir", "latent_metadata_filename"),
-    **changes("captions of a metadata file are not read: write caption files", "caption_metadata_filename"),
+    **ignored(_ADVICE, "latent_metadata_filename"),
+    **joined(
+        "in train_dir: captions and tags", "data.instance_data_dir", "caption_metadata_filename", "train_dir"
+    ),
     **joined("a percentage of all steps", "method.train_text_encoder", "stop_text_encoder_training_pct"),
     **joined("used if the config has it as batch size", "train.train_batch_size", "batch_size"),
     **blocks(_OTHER, "flux1_checkbox", "sd3_checkbox"),
@@ -181,7 +183,13 @@ class KohyaGui(Kohya):
     def _finish_images(self, settings: Settings, draft: Draft) -> None:
         if settings.has("max_resolution"):
             put_resolution(draft, "max_resolution", settings.get("max_resolution"))
-        if settings.has("image_folder") and not settings.has("dataset_config"):
+        name = settings.get("caption_metadata_filename")
+        if name and settings.has("image_folder") and not settings.has("dataset_config"):
+            beside = settings.get("train_dir")
+            file = f"{beside}/{name}" if beside else str(name)
+            place = with_metadata(draft, "caption_metadata_filename", file, settings.get("image_folder"))
+            draft.put("data.instance_data_dir", place, source="caption_metadata_filename")
+        elif settings.has("image_folder") and not settings.has("dataset_config"):
             draft.put("data.train_data_dir", settings.get("image_folder"), source="image_folder")
         super()._finish_images(settings, draft)
 
@@ -205,7 +213,10 @@ class KohyaGui(Kohya):
         if kind and kind != "locon":
             draft.put("method.lora_type", kind, source="LoRA_type", shown=settings.get("LoRA_type"))
         conv = settings.get("conv_dim")
-        if kind == "locon" and not is_off(conv, (0,)):
+        if kind in ("lokr", "loha"):
+            note = "LyCORIS adapts convolutions too"
+            draft.replace("method.lora_target_modules", "locon", source="LoRA_type", note=note)
+        if kind in ("locon", "lokr", "loha") and not is_off(conv, (0,)):
             draft.replace("method.lora_target_modules", "locon", source="LoRA_type")
             rank, alpha = draft.get("method.lora_rank"), draft.get("method.lora_alpha")
             for key, ours in (("conv_dim", rank), ("conv_alpha", alpha)):

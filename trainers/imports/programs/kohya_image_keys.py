@@ -60,8 +60,10 @@ SUBSETS: Table = {
     ),
     **joined("uses of each image in an epoch", "data.repeats", "datasets.*.subsets.*.num_repeats"),
     **joined("class images", "data.class_data_dir", "datasets.*.subsets.*.is_reg"),
-    **changes(
-        "captions of a metadata file are not read: write caption files", "datasets.*.subsets.*.metadata_file"
+    **joined(
+        "captions and tags, as there: metadata://FILE#FOLDER",
+        "data.instance_data_dir",
+        "datasets.*.subsets.*.metadata_file",
     ),
     **joined(
         "uses of each image in an epoch", "data.repeats", "general.num_repeats", "datasets.*.num_repeats"

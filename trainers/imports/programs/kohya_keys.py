@@ -136,8 +136,15 @@ _OPTIMIZER: Table = {
     **ignored(SPEED, "fused_optimizer_groups"),
 }
 
+LOKR_ARGS: Table = {
+    "network_args.factor": To("method.lokr_factor", off=(-1,)),
+    "network_args.decompose_both": To("method.lokr_decompose_both", off=(False,)),
+    "network_args.full_matrix": To("method.lokr_full_matrix", off=(False,)),
+}
+
 _NETWORK: Table = {
-    **joined("LoRA, or a module of LyCORIS", "method.lora_rank", "network_module", "network_args.algo"),
+    **joined("LoRA, or a module of LyCORIS", "method.lora_rank", "network_module"),
+    **joined("LyCORIS's kind of LoRA: lokr, loha", "method.lora_type", "network_args.algo"),
     **joined("without it the rank is 4 there", "method.lora_rank", "network_dim"),
     **joined("scales by alpha / rank, as here; 1 there by default", "method.lora_alpha", "network_alpha"),
     **joined("trained unless switched off", "method.train_text_encoder", "network_train_unet_only"),
@@ -149,6 +156,7 @@ _NETWORK: Table = {
     "network_args.dropout": To("method.neuron_dropout", off=(0,)),
     "network_args.rank_dropout": To("method.rank_dropout", off=(0,)),
     "network_args.module_dropout": To("method.module_dropout", off=(0,)),
+    **LOKR_ARGS,
     "network_args.dora_wd": To("method.use_dora", plain, off=(False,)),
     "scale_weight_norms": To("method.scale_weight_norms", off=(0,)),
     "network_args.loraplus_lr_ratio": To("method.loraplus_lr_ratio", off=(0,)),
@@ -172,7 +180,7 @@ _REST: Table = {
     **joined("kohya's folders (10_sks cat), or a plain folder", "data.train_data_dir", "train_data_dir"),
     **joined("class images; none are generated", "data.class_data_dir", "reg_data_dir"),
     **joined("image folders", "data.sets", "dataset_config"),
-    **changes("captions of a metadata file are not read: write caption files", "in_json"),
+    **joined("captions and tags, as there: metadata://FILE#FOLDER", "data.instance_data_dir", "in_json"),
     "dataset_repeats": To("data.repeats"),
     **joined(
         "sampled once when cached there", "data.latent_sampling", "cache_latents", "cache_latents_to_disk"

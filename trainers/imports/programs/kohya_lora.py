@@ -29,7 +29,10 @@ def write_lora(settings: Settings, draft: Draft, rank: Any) -> None:
         is_default=not settings.has("network_alpha"),
     )
     conv = settings.get("network_args.conv_dim")
-    if conv and not is_off(conv, (False, 0)):
+    if "lycoris" in module and not conv and algo in ("lokr", "loha"):
+        note = "LyCORIS adapts convolutions too, with the same rank"
+        draft.put("method.lora_target_modules", "locon", source="network_module", note=note)
+    elif conv and not is_off(conv, (False, 0)):
         draft.put("method.lora_target_modules", "locon", source="network_args.conv_dim")
         for key, ours in (("network_args.conv_dim", rank or 4), ("network_args.conv_alpha", alpha)):
             if (given := settings.get(key)) is not None and number(given) != number(ours):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dreamfleet.trainers.imports.draft import Draft
-from dreamfleet.trainers.imports.image_sets import ImageSet
+from dreamfleet.trainers.imports.image_sets import ImageSet, with_metadata
 from dreamfleet.trainers.imports.programs import kohya_image_keys as keys
 from dreamfleet.trainers.imports.programs.common import put_resolution
 from dreamfleet.trainers.imports.rules import Effect, To, number, plain
@@ -25,7 +25,7 @@ def read_subsets(settings: Settings, draft: Draft) -> list[ImageSet]:
         sets.append(
             ImageSet(
                 item.where,
-                str(item.value),
+                with_metadata(draft, item.where, settings.at(f"{place}.metadata_file"), item.value),
                 prompt=settings.at(f"{place}.class_tokens"),
                 repeats=int(number(_inherited(settings, place, "num_repeats", 1))),
                 is_class=plain(settings.at(f"{place}.is_reg")) is True,

@@ -256,6 +256,9 @@ class OneTrainer(Importer):
             )
         if settings.get("training_method") == "LORA":
             self._finish_layers(settings, draft)
+            if draft.get("method.lora_type") == "lokr":
+                rank, given = settings.get("lokr_dim", 16), settings.has("lokr_dim")
+                draft.replace("method.lora_rank", int(number(rank)), source="lokr_dim", is_default=not given)
 
     def _finish_layers(self, settings: Settings, draft: Draft) -> None:
         preset, names = settings.get("layer_filter_preset", "full"), settings.get("layer_filter")

@@ -175,6 +175,13 @@ _METHOD: Table = {
     "peft_type": To(
         "method.lora_type", choice({"LORA": None, "LOHA": "loha", "LOKR": "lokr", "OFT_2": "oft"})
     ),
+    **joined("the rank of a LoKr", "method.lora_rank", "lokr_dim"),
+    "lokr_decompose_factor": To("method.lokr_factor", off=(-1,)),
+    "lokr_decompose_both": To("method.lokr_decompose_both", off=(False,)),
+    "lokr_full_matrix": To("method.lokr_full_matrix", off=(False,)),
+    **changes("a LoKr has no such option here", "lokr_use_tucker", "lokr_weight_decompose"),
+    **ignored("only with lokr_weight_decompose", "lokr_dora_on_output"),
+    **ignored(SPEED, "lokr_vec_trick"),
     "lora_model_name": Gone(Effect.CHANGES, "training starts from the base model"),
     **ignored("trained parameters are kept in float32", "lora_weight_dtype", "embedding_weight_dtype"),
     **joined("layers of the LoRA", "method.lora_target_modules", "layer_filter", "layer_filter_preset"),
@@ -233,7 +240,7 @@ PATTERNS: Table = {
     },
     **{
         f"{part}*": Gone(Effect.IGNORED, _OTHER, (True, False, 0, 1))
-        for part in ("text_encoder_3", "text_encoder_4", "effnet_encoder", "decoder", "lokr_", "oft_")
+        for part in ("text_encoder_3", "text_encoder_4", "effnet_encoder", "decoder", "oft_")
     },
     "text_encoder_sequence_length": Gone(Effect.IGNORED, _OTHER),
     "text_encoder_2_sequence_length": Gone(Effect.IGNORED, _OTHER),

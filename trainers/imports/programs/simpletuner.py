@@ -94,6 +94,10 @@ class SimpleTuner(Importer):
         if settings.get("lora_type") == "lycoris":
             algo = settings.get("lycoris.algo", "lokr")
             draft.put("method.lora_type", algo, source="lycoris_config: algo", shown=algo)
+            if (rank := settings.get("lycoris.linear_dim")) is not None:
+                draft.replace("method.lora_rank", int(number(rank)), source="lycoris_config: linear_dim")
+            if (alpha := settings.get("lycoris.linear_alpha")) is not None:
+                draft.replace("method.lora_alpha", number(alpha), source="lycoris_config: linear_alpha")
         if settings.get("model_type") == "lora" and settings.has("lora_alpha"):
             draft.put("method.lora_alpha", settings.get("lora_alpha"), source="lora_alpha")
         if draft.get("train.loss_type") in ("huber", "smooth_l1"):

@@ -31,6 +31,14 @@ RULES: Table = {
     **joined("Stable Diffusion 1.x, 2.x and XL", "model", "model_family", "model_flavour"),
     **joined("lora or full", "method.lora_rank", "model_type"),
     **joined("standard, or lycoris with a file", "method.lora_type", "lora_type", "lycoris_config"),
+    **joined("the kind of LoRA, lokr or loha", "method.lora_type", "lycoris.algo"),
+    **joined("the rank", "method.lora_rank", "lycoris.linear_dim"),
+    **joined("scales by alpha / rank, as here", "method.lora_alpha", "lycoris.linear_alpha"),
+    "lycoris.factor": To("method.lokr_factor", off=(-1,)),
+    "lycoris.decompose_both": To("method.lokr_decompose_both", off=(False,)),
+    "lycoris.full_matrix": To("method.lokr_full_matrix", off=(False,)),
+    "lycoris.module_dropout": To("method.module_dropout", off=(0, 0.0)),
+    **changes("a LoRA is trained at strength 1", "lycoris.multiplier", off=(1, 1.0)),
     **to(
         "model", "pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path"
     ),

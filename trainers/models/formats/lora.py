@@ -7,7 +7,6 @@ In diffusers' layout the scale is multiplied into ``up``, which all versions of 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -21,8 +20,9 @@ from torch import Tensor
 from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.models.formats.embedding import Embedding, embedding_in, embedding_tensors
 from dreamfleet.trainers.models.formats.ldm_names import Family
-from dreamfleet.trainers.models.formats.lora_header import PEFT, kohya_entries, own_entries
+from dreamfleet.trainers.models.formats.lora_header import PeftAlphas, kohya_entries, own_entries
 from dreamfleet.trainers.models.formats.lora_names import STANDARD_LAYERS, kohya_name, layer_of_key
+from dreamfleet.trainers.models.formats.lycoris import FACTOR_KEYS, Factors, factor_entries, read_factors
 from dreamfleet.trainers.models.formats.pickle_writer import is_dense, is_real, load_pickle, require_backed
 from dreamfleet.trainers.models.formats.tensor_files import (
     read_safetensors,
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
 
+_LORA_KEYS = {"down", "up"} | FACTOR_KEYS
 _BUNDLED = "bundle_emb."  # the webui's prefix of the tensors of embeddings in a LoRA
 
 _WIDTHS: dict[int, Family] = {1024: "sd2", 2048: "sdxl"}  # by context width; that of SD 1.x is 768
@@ -61,30 +62,39 @@ Layers = Mapping[str, Matrices]  # by part and layer name: unet.mid_block.attent
 
 @dataclass(frozen=True)
 class LoraFile:
-    """The content of a LoRA file: layers, text entries, and bundled embeddings."""
+    """The content of a LoRA file: layers, text entries, and bundled embeddings; ``factors``: those of LoKr and LoHa."""
 
     name: str
     layers: dict[str, Matrices]
     metadata: dict[str, str] = field(default_factory=dict)
     is_kohyas: bool = False  # whether it was read from kohya's layout
     embeddings: tuple[Embedding, ...] = ()
+    factors: dict[str, Factors] = field(default_factory=dict)
 
     @property
     def family(self) -> Family:
         """The family of its base model, derived from the context width and the parts that it changes."""
-        for layer, matrices in self.layers.items():
+        widths = {layer: matrices.down.shape[1] for layer, matrices in self.layers.items()}
+        widths |= {layer: factors.shape()[1] for layer, factors in self.factors.items()}
+        for layer, width in widths.items():
             if layer.startswith("text_encoder_2.") or ".transformer_blocks.1." in layer:
                 return "sdxl"
             if layer.endswith(("attn2.to_k", "attn2.to_v")):
-                return _WIDTHS.get(matrices.down.shape[1], "sd1")
+                return _WIDTHS.get(width, "sd1")
         return "sd1"
 
 
 def write_diffusers_lora(file: LoraFile, path: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write the layout that diffusers' `load_lora_weights` reads, with alpha multiplied into ``up``.
 
-    This layout cannot contain embeddings; a warning names those that are left out.
+    This layout cannot contain embeddings; a warning names those that are left out. Raises FormatError for a LoKr or
+    LoHa, which diffusers does not load for Stable Diffusion.
     """
+    if file.factors:
+        raise FormatError(
+            f"{path}: diffusers' layout has no {next(iter(file.factors.values())).kind}; write kohya's layout, or "
+            "merge it into the model (train.export_formats: [diffusers])."
+        )
     if file.embeddings:
         names = ", ".join(embedding.name for embedding in file.embeddings)
         logger.warning(
@@ -132,6 +142,9 @@ def write_kohya_lora(
         if magnitude is not None:
             # LyCORIS' key and shape; ComfyUI tells by the shape that they are the lengths of the outputs.
             state[f"{name}.dora_scale"] = magnitude.reshape(-1, *[1] * (down.ndim - 1)).float().to(dtype)
+    for layer, factors in file.factors.items():
+        name = kohya_name(layer, sdxl=family == "sdxl", unet_config=unet_config)
+        state |= factor_entries(name, factors, dtype=dtype, layer=layer, path=path)
     for embedding in file.embeddings:
         for key, tensor in embedding_tensors(embedding).items():
             state[f"{_BUNDLED}{embedding.name}.{key}"] = tensor.to(dtype)
@@ -143,8 +156,10 @@ def write_kohya_lora(
         file.metadata,
         name=file.name,
         family=family,
-        ranks=[(matrices.rank, matrices.alpha) for matrices in file.layers.values()],
+        ranks=[(matrices.rank, matrices.alpha) for matrices in file.layers.values()]
+        + [(factors.rank or 1, factors.alpha) for factors in file.factors.values()],
         has_convolutions=any(matrices.down.shape[2:].numel() > 1 for matrices in file.layers.values()),
+        algorithm=next((factors.kind for factors in file.factors.values()), None),
     )
     write_safetensors(state, path, header=header | {"sshs_model_hash": digest.hexdigest()})
     return path
@@ -154,7 +169,7 @@ def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> L
     """Read a LoRA of either layout on the CPU in float32, with its embeddings; its name is the file's stem.
 
     ``layers_per_block``: that of the model's U-Net, for files with Stability's block names. Raises FormatError for
-    another kind of file, and for LoHa, LoKr and other forms with more than two matrices per layer.
+    another kind of file, and for LyCORIS's forms other than LoRA, LoHa and LoKr.
     """
     path = Path(path)
     tensors, header = _read_tensors(path)
@@ -169,20 +184,27 @@ def read_lora(path: str | Path, *, layers_per_block: int = STANDARD_LAYERS) -> L
             twice.append(key)
         else:
             found[place[0]][place[1]] = tensor
-    if not any("down" in parts or "up" in parts for parts in found.values()):
+    if not any(not _LORA_KEYS.isdisjoint(parts) for parts in found.values()):
         raise FormatError(f"{path}: holds no LoRA: no key ends in lora_down.weight or lora_A.weight.")
     for keys, what in (
-        (unknown, "are not those of a LoRA with two matrices per layer"),
+        (unknown, "are not those of a LoRA"),
         (twice, "name a layer twice"),
     ):
         if keys:
             raise FormatError(
-                f"{path}: {len(keys)} keys {what}: {', '.join(map(repr, keys[:4]))}. LoRA, LoCon and DoRA files "
-                "can be read, LoHa and LoKr cannot."
+                f"{path}: {len(keys)} keys {what}: {', '.join(map(repr, keys[:4]))}. LoRA, LoCon, DoRA, LoHa and LoKr "
+                "files can be read, other forms of LyCORIS cannot."
             )
-    alphas = _PeftAlphas(header, path)
-    layers = {layer: _matrices(layer, parts, alphas, path) for layer, parts in found.items()}
-    return LoraFile(path.stem, layers, header, any(key.startswith("lora_") for key in tensors), embeddings)
+    alphas = PeftAlphas(header, path)
+    factored = {layer: parts for layer, parts in found.items() if not FACTOR_KEYS.isdisjoint(parts)}
+    layers = {
+        layer: _matrices(layer, parts, alphas, path)
+        for layer, parts in found.items()
+        if layer not in factored
+    }
+    factors = {layer: read_factors(layer, parts, path) for layer, parts in factored.items()}
+    is_kohyas = any(key.startswith("lora_") for key in tensors)
+    return LoraFile(path.stem, layers, header, is_kohyas, embeddings, factors)
 
 
 def holds_lora(path: str | Path) -> bool:
@@ -213,33 +235,7 @@ def _take_embeddings(tensors: dict[str, Tensor], path: Path) -> tuple[Embedding,
     return tuple(embedding_in(held, name, path) for name, held in bundled.items())
 
 
-class _PeftAlphas:
-    """The alpha of each layer in the header entry that diffusers writes (peft's config)."""
-
-    def __init__(self, header: Mapping[str, str], path: Path):
-        try:
-            entries = json.loads(header.get(PEFT, "{}"))
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path}: its header is damaged ({error}).") from error
-        self._entries: dict[str, Any] = entries if isinstance(entries, dict) else {}
-
-    def of(self, layer: str, rank: int) -> Any:
-        """Return the alpha of a layer (before division by the rank); ``rank`` is that of its matrices."""
-        part, _, module = layer.partition(".")
-        alpha = self._entries.get(f"{part}.lora_alpha", rank)
-        patterns = self._entries.get(f"{part}.alpha_pattern")
-        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-            plain = pattern.removeprefix(
-                "^"
-            )  # peft treats patterns as regular expressions; untrusted ones are compared as text instead
-            if f".{module}".endswith(f".{plain}"):
-                alpha = value
-                break
-        scaled = self._entries.get(f"{part}.use_rslora") is True and type(alpha) in (int, float)
-        return alpha * math.sqrt(rank) if scaled else alpha
-
-
-def _matrices(layer: str, parts: Mapping[str, Tensor], alphas: _PeftAlphas, path: Path) -> Matrices:
+def _matrices(layer: str, parts: Mapping[str, Tensor], alphas: PeftAlphas, path: Path) -> Matrices:
     if "down" not in parts or "up" not in parts:
         raise FormatError(
             f"{path}: the layer {layer} has only {', '.join(sorted(parts))}; down and up are both needed."

@@ -12,6 +12,7 @@ from typing import Any
 
 from dreamfleet.datasets.errors import FormatError
 from dreamfleet.trainers.models.formats.ldm_names import SDXL_CONFIGS, unet_key
+from dreamfleet.trainers.models.formats.lycoris import FACTOR_KEYS
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 STANDARD_LAYERS = 2  # layers per block in the U-Nets of SD 1.x, 2.x and SDXL
@@ -131,9 +132,10 @@ def layer_of_diffusers(key: str) -> tuple[str, str] | None:
 
 
 def layer_of_key(key: str, *, layers_per_block: int = STANDARD_LAYERS) -> tuple[str, str] | None:
-    """Return (layer, ``down``, ``up``, ``alpha`` or ``magnitude``) of a key in either layout; None for others."""
+    """Return (layer, ``down``, ``up``, ``alpha``, ``magnitude``, LyCORIS's key) of a key in either layout, or None."""
     name, _, end = key.partition(".")
     ends = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha", "dora_scale": "magnitude"}
+    ends |= {key: key for key in FACTOR_KEYS}
     if name.startswith("lora_"):
         layer = layer_of_kohya(name, layers_per_block=layers_per_block)
         return (layer, ends[end]) if layer and end in ends else None
