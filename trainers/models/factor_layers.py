@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def wrap_layer(
     while hasattr(base, "base_layer"):
         base = base.base_layer
     config, kinds = _peft(factors.kind)
-    kind = kinds.Linear if isinstance(base, nn.Linear) else kinds.Conv2d
+    kind = _steady(kinds.Linear if isinstance(base, nn.Linear) else kinds.Conv2d)
     with torch.random.fork_rng(devices=[]):  # peft fills factors of its own first, which are replaced
         layer = kind(module, adapter, config(r=1, module_dropout=module_dropout), r=1, alpha=1.0)
     for key in KEYS[factors.kind]:
@@ -95,6 +96,7 @@ def wrap_layer(
     layer.r[adapter], layer.alpha[adapter] = 1, factors.scale
     layer.scaling[adapter] = factors.scale * strength
     layer.set_adapter([adapter])
+    layer.train(base.training)
     return layer
 
 
@@ -111,6 +113,22 @@ def factor_parameters(layer: Any, adapter: str) -> Mapping[str, nn.Parameter]:
     """Return the parameters of an adapter of a layer by LyCORIS's keys; empty if it is another kind of adapter."""
     held = {key: getattr(layer, key) for key in sorted(FACTOR_KEYS) if hasattr(layer, key)}
     return {key: parameters[adapter] for key, parameters in held.items() if adapter in parameters}
+
+
+@lru_cache
+def _steady(kind: type[Any]) -> type[Any]:
+    """Return a layer of peft's that draws a random number in a forward pass only if it has dropout.
+
+    Peft draws one in training mode always, which has no value while the memory of a run is planned.
+    """
+
+    class Steady(kind):  # type: ignore[misc]
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+            self.training = mode and any(self.module_dropout.values())
+            return self
+
+    return Steady
 
 
 def _peft(kind: str) -> tuple[Any, Any]:

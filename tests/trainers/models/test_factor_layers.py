@@ -245,3 +245,13 @@ def test_kohyas_names_of_the_keys_and_rates_by_part(tmp_path: Path) -> None:
     rates = {group.name: list(group.params) for group in parts.method.groups()}
     assert set(rates) == {"unet", "text_encoder"}
     assert all(name.rpartition(".")[2].startswith("lokr_") for names in rates.values() for name in names)
+
+
+def test_no_random_number_is_drawn_without_dropout(tmp_path: Path) -> None:
+    # The plan of a run's memory traces a pass in training mode, where a drawn number has no value.
+    for dropout, is_equal in ((0.0, True), (0.1, False)):
+        parts = make_parts(tmp_path / str(dropout), method=BASE | KINDS["lokr"] | {"module_dropout": dropout})
+        context = parts.model.encode(["a cat"]).context
+        before = torch.get_rng_state()
+        predicted(parts.model.unet.train(), context)
+        assert torch.equal(before, torch.get_rng_state()) is is_equal
