@@ -64,6 +64,16 @@ class ImageTable:
         """Return the name of an image in its set."""
         return edit_name(self.uri(row), self.urls[self.concepts[row]])
 
+    def label(self, row: int) -> str:
+        """Return an image's name for people: of one inside a file, its name or number there, after the file's name."""
+        name = self.name(row)
+        if "://" not in name:
+            return name
+        file, *places = name.partition("://")[2].split("#")
+        place = places[-1] if places else ""
+        inside = f"row {place}" if place.isdigit() else place
+        return ": ".join(part for part in (file, inside) if part) or name
+
     def mask(self, row: int) -> str | None:
         """Return the address of an image's mask, with its edit; None without one."""
         edit = self.edits.get(row)

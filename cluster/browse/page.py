@@ -165,7 +165,7 @@ class BrowsePage:
         width, height = table.size(row)
         return {
             "row": row,
-            "name": table.name(row),
+            "name": table.label(row),
             "caption": table.captions[row],
             "size": [width, height],
             "pixels": [int(table.widths[row]), int(table.heights[row])],

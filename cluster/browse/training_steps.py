@@ -147,7 +147,7 @@ class TrainingSteps:
         )
         return TrainedImage(
             place if place >= 0 else None,
-            self.table.name(place) if place >= 0 else uri,
+            self.table.label(place) if place >= 0 else uri,
             epoch,
             mirrored,
             caption,

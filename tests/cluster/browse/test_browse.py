@@ -6,12 +6,15 @@ import base64
 import io
 import json
 import shutil
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from chromium import CTRL, Tab, chromium
@@ -101,6 +104,19 @@ def test_filters_select_on_edited_values(folder: Path) -> None:
     assert page.answer({"action": "errors", "start": 0})["errors"][0][0].endswith("broken.png")
     with pytest.raises(UserError, match="filter"):
         names(page, colour="red")
+
+
+def test_images_in_files_are_shown_by_their_names_there(folder: Path, tmp_path: Path) -> None:
+    for number, files in ((0, ("000.png", "001.png")), (1, ("002.png",))):
+        with tarfile.open(tmp_path / f"s-{number:04}.tar", "w") as tar:
+            for file in files:
+                tar.add(folder / file, file)
+    assert names(make_page(tmp_path / "s-0000.tar")) == ["000.png", "001.png"]
+    shards = names(make_page(tmp_path / "s-{0000..0001}.tar"))
+    assert shards == ["s-0000.tar: 000.png", "s-0000.tar: 001.png", "s-0001.tar: 002.png"]
+    images = [(folder / file).read_bytes() for file in ("000.png", "001.png")]
+    pq.write_table(pa.table({"image": images}), tmp_path / "cats.parquet")
+    assert names(make_page(tmp_path / "cats.parquet")) == ["row 0", "row 1"]
 
 
 def test_near_duplicates_are_shown_in_groups(folder: Path) -> None:
