@@ -38,12 +38,15 @@ def main() -> None:
         "--share", type=float, default=0.25, help="share of a core for each node; 0: no limit"
     )
     parser.add_argument("--set", help="with scan: the set to scan, in this process")
+    parser.add_argument(
+        "--only", choices=list(WORKS), help="with rates: one command; the other rows are kept"
+    )
     options = parser.parse_args()
     if options.part == "scan":
         print(json.dumps(scan(options.set)))
         return
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "rates": lambda: measure_rates(options.images),
+        "rates": lambda: measure_rates(options.images, only=options.only),
         "memory": measure_memory,
     }
     words = " ".join(sys.argv[1:]) or options.part
@@ -62,20 +65,29 @@ def store(part: str, figures: dict[str, Any], command: str) -> None:
 # ---- rates by the size of a set ----------------------------------------------------------------------
 
 
-def measure_rates(counts: list[int]) -> dict[str, Any]:
-    """Return images per second of `prepare` and `cache` for sets of several sizes, and the slopes of their seconds."""
+def measure_rates(counts: list[int], *, only: str | None = None) -> dict[str, Any]:
+    """Return images per second of `prepare` and `cache` for sets of several sizes, and the slopes of their seconds.
+
+    With ``only`` one of them is measured, and the other rows of the result are kept.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as root:
         for count in counts:
             images = make_images(Path(root) / f"images-{count}", count, (96, 96))
-            for name, work in (("prepare", prepare_set), ("cache", cache_set)):
+            for name in [only] if only else WORKS:
                 began = time.perf_counter()
-                work(images, f"{root}/{name}-{count}")
+                WORKS[name](images, f"{root}/{name}-{count}")
                 seconds = time.perf_counter() - began
                 rows.append({"what": name, "images": count, "seconds": round(seconds, 2)})
                 rows[-1]["per_second"] = round(count / seconds, 1)
                 print(rows[-1], flush=True)
-    return {"rows": rows, "slopes": {name: slope(rows, name) for name in ("prepare", "cache")}}
+    measured = {(row["what"], row["images"]) for row in rows}
+    path = RESULTS / "preparation.json"
+    if only and path.exists():
+        before = json.loads(path.read_text()).get("rates", {}).get("rows", [])
+        rows += [row for row in before if (row["what"], row["images"]) not in measured]
+    rows.sort(key=lambda row: (row["images"], row["what"]))
+    return {"rows": rows, "slopes": {name: slope(rows, name) for name in WORKS}}
 
 
 def slope(rows: list[dict[str, Any]], what: str) -> float | None:
@@ -99,6 +111,9 @@ def cache_set(images: str, out: str) -> None:
         f"data.instance_data_dir={images}", f"data.cache_dir={out}", "data.resolution=64", "scaling.num_workers=0",
     ]  # fmt: skip
     run_command("data", "cache", "recipes/demo.yaml", *overrides)
+
+
+WORKS: dict[str, Callable[[str, str], None]] = {"prepare": prepare_set, "cache": cache_set}
 
 
 def run_command(*words: str) -> None:
