@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 from dreamfleet.datasets.environment import apply_variables, variables_to_send
 from dreamfleet.datasets.errors import UserError
+from dreamfleet.datasets.processing.connection import is_connected
 from dreamfleet.datasets.processing.runner import Workers
 from dreamfleet.datasets.storage.object_store import is_address
 
@@ -54,9 +54,7 @@ def in_parallel(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterabl
     Many items are computed on the free CPUs of the cluster that this process is connected to, if any, otherwise by
     threads of this process.
     """
-    ray = sys.modules.get("ray")
-    connected = ray is not None and ray.is_initialized()
-    yield from (OnCluster() if connected else in_threads)(function, items)
+    yield from (OnCluster() if is_connected() else in_threads)(function, items)
 
 
 def mapper_of(workers: Workers) -> Mapper:

@@ -24,10 +24,8 @@ from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import read_uri
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
-KEPT_BYTES, MAPPED_BYTES = (
-    2**26,
-    2**25,
-)  # freed memory that is kept; larger arrays (the most that glibc accepts) are not
+KEPT_BYTES = 2**26  # of freed memory
+MAPPED_BYTES = 2**25  # arrays of this size or more are not kept: the most that glibc accepts
 READERS = 16  # threads that read the files of a chunk from a bucket or over the network
 
 

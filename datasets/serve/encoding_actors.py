@@ -173,29 +173,23 @@ class EncodingActors:
             return
         try:
             failure = ray.get(place.ready)
-        except ray.exceptions.RayActorError as error:
-            self._replace(place, error)
         except ray.exceptions.RayError as error:
-            self._give_up(place, _reason(error))
+            self._end(place, error)
         else:
             place.ready = None
             if failure:
                 self._give_up(place, failure)
 
     def _take(self, place: _Place) -> Iterator[Given]:
-        """Yield the oldest result of an actor; if it died, all that it had, as not encoded."""
+        """Yield the oldest result of an actor; if it failed, all that it had, as not encoded."""
         import ray
         import ray.exceptions
 
         try:
             latents = ray.get(place.given[0][0])
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:
             lost = [self._drop(place) for _ in range(len(place.given))]
-            self._replace(place, error)
-            yield from lost
-        except ray.exceptions.RayError as error:  # the encoder failed, for example for lack of memory
-            lost = [self._drop(place) for _ in range(len(place.given))]
-            self._give_up(place, _reason(error))
+            self._end(place, error)
             yield from lost
         else:
             place.deaths = 0
@@ -210,11 +204,14 @@ class EncodingActors:
             self._keys.pop(job.key, None)
         return Given(jobs, [None] * len(jobs))
 
-    def _replace(self, place: _Place, error: Exception) -> None:
+    def _end(self, place: _Place, error: Exception) -> None:
+        """Replace an actor that died; give up one that dies again and again, or whose encoder failed."""
         import ray
+        import ray.exceptions
 
         place.deaths += 1
-        if place.deaths == MOST_DEATHS:
+        # An encoder may fail for lack of memory: another process would too.
+        if not isinstance(error, ray.exceptions.RayActorError) or place.deaths == MOST_DEATHS:
             self._give_up(place, _reason(error))
             return
         log.warning("an encoding process died and is started again: %s", _reason(error))

@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 
 from dreamfleet.datasets.environment import environment, secrets_hidden
 from dreamfleet.datasets.errors import ResourceError
+from dreamfleet.datasets.processing.connection import is_connected
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +105,7 @@ def names_cluster(address: str | None) -> bool:
 
 def uses_cluster(address: str | None) -> bool:
     """Return whether ``ray_session(address)`` would use a cluster or an open connection; imports no Ray."""
-    ray = sys.modules.get("ray")
-    return names_cluster(address) or (ray is not None and ray.is_initialized())
+    return names_cluster(address) or is_connected()
 
 
 @contextmanager

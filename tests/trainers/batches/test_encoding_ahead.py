@@ -131,19 +131,6 @@ def test_recipes_that_cannot_use_the_resources(tmp_path: Path, changed: dict[str
 # ---- on Ray --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def two_cpus() -> Iterator[None]:
-    """Start a Ray with two CPUs on this machine, unless this process is connected to one."""
-    import ray
-
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    if started_here:
-        ray.shutdown()
-
-
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that gets the number of images of each batch that the training worker encodes itself."""

@@ -43,21 +43,8 @@ def losses(folder: Path, **changes: Any) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """Start a Ray with two CPUs on this machine, unless this process is connected to one."""
-    import ray
-
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    if started_here:
-        ray.shutdown()
-
-
 @pytest.mark.cluster
-def test_streaming_executes_the_same_plan_as_a_resident_set(tmp_path: Path, local_ray: None) -> None:
+def test_streaming_executes_the_same_plan_as_a_resident_set(tmp_path: Path, two_cpus: None) -> None:
     resident = losses(tmp_path, output_dir=str(tmp_path / "resident"))
     first = losses(
         tmp_path, output_dir=str(tmp_path / "stream"), data__source="stream", train__max_train_steps=2
@@ -68,7 +55,7 @@ def test_streaming_executes_the_same_plan_as_a_resident_set(tmp_path: Path, loca
 
 
 @pytest.mark.cluster
-def test_streamed_buckets_and_masks_equal_resident_ones(tmp_path: Path, local_ray: None) -> None:
+def test_streamed_buckets_and_masks_equal_resident_ones(tmp_path: Path, two_cpus: None) -> None:
     changes = {
         **tiny.SHAPES,
         "data__instance_data_dir": str(tiny.make_shapes(tmp_path / "shapes")),
@@ -80,7 +67,7 @@ def test_streamed_buckets_and_masks_equal_resident_ones(tmp_path: Path, local_ra
 
 
 @pytest.mark.cluster
-def test_images_can_be_requested_while_the_plan_is_read(tmp_path: Path, local_ray: None) -> None:
+def test_images_can_be_requested_while_the_plan_is_read(tmp_path: Path, two_cpus: None) -> None:
     """Test ``take`` while the thread of the stream still reads draws from a slow plan."""
     index = build_index(tiny.make_images(tmp_path / "pictures", 3))
     data = DataConfig(instance_data_dir=str(tmp_path), resolution=tiny.RESOLUTION)
@@ -101,7 +88,7 @@ def test_images_can_be_requested_while_the_plan_is_read(tmp_path: Path, local_ra
 
 
 @pytest.mark.cluster
-def test_an_unreadable_image_is_replaced_and_reported(tmp_path: Path, local_ray: None) -> None:
+def test_an_unreadable_image_is_replaced_and_reported(tmp_path: Path, two_cpus: None) -> None:
     """Test with an image truncated after indexing: large datasets are not decoded before the run."""
     folder = tiny.make_images(tmp_path / "pictures", 4)
     broken = folder / "002.png"
@@ -118,7 +105,7 @@ def test_an_unreadable_image_is_replaced_and_reported(tmp_path: Path, local_ray:
 
 
 @pytest.mark.cluster
-def test_a_replacement_image_has_its_own_sizes_and_caption(tmp_path: Path, local_ray: None) -> None:
+def test_a_replacement_image_has_its_own_sizes_and_caption(tmp_path: Path, two_cpus: None) -> None:
     tiny_family("sdxl").save_folder(tmp_path / "model")
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -167,7 +154,7 @@ def test_a_replacement_image_has_its_own_sizes_and_caption(tmp_path: Path, local
 
 
 @pytest.mark.cluster
-def test_a_mean_over_streamed_images_equals_the_resident_one(tmp_path: Path, local_ray: None) -> None:
+def test_a_mean_over_streamed_images_equals_the_resident_one(tmp_path: Path, two_cpus: None) -> None:
     """Test also that an image that cannot be decoded and its replacement have weight 0 in the mean."""
     from dreamfleet.trainers.models.formats.aesthetic import read_aesthetic
 
