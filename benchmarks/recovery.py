@@ -1,12 +1,12 @@
 """Measures the seconds from a killed worker to the next new step, and to the full number of workers, on this machine.
 
-Usage: ``python benchmarks/recovery.py [--workers 2] [--kills 5] [--recipe recipes/demo.yaml]``
+Usage: ``python benchmarks/recovery.py [--workers 2] [--kills 5] [--recipe recipes/demo.yaml]``. Writes
+results/recovery.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from measure import write_result
 
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.launch import fit
@@ -53,7 +55,8 @@ def main() -> None:
         killer = Killer(Storage(recipe.output_dir), options.workers, options.kills)
         fit(recipe, on_progress=killer.see)
         regroups = [event for event in read_events(killer.run) if event["kind"] == "regroup"]
-        print(json.dumps(killer.figures(regroups), indent=1))
+        how = f"python benchmarks/recovery.py --workers {options.workers} --kills {options.kills}"
+        write_result("recovery", {"workers": options.workers, **killer.figures(regroups)}, how=how)
 
 
 class Killer:
@@ -81,7 +84,11 @@ class Killer:
         if found and found[-1] != self.world:
             self.world, self.next_kill = found[-1], step + STEPS_BETWEEN
         ready = self.world == self.workers and step >= self.next_kill and self.killed_at is None
-        if ready and len(self.to_next_step) < self.kills:
+        if not ready:
+            return
+        if len(self.to_next_step) == self.kills:
+            self.run.write_text("STOP", "")
+        else:
             os.kill(_workers()[-1], signal.SIGKILL)
             self.killed_at, self.step_at_kill = time.monotonic(), step
 
