@@ -83,3 +83,7 @@ class RunFailed(RuntimeError):
 
 class LeaseLost(RunFailed):
     """Another process has taken over the output_dir, so that this one may not write to it any more."""
+
+
+class Replaced(LeaseLost):
+    """Another process of the same run writes to the output_dir now, in the place of this one."""

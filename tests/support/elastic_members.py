@@ -55,8 +55,9 @@ def work(
 
 
 def _plant(plan: dict[str, Any]) -> None:
-    """Let this process kill or stop itself at the ``call``-th call of ``where``, or sleep in every step."""
+    """Let this process kill or stop itself at the ``call``-th call of ``where``, or sleep in every step or save."""
     from dreamfleet.trainers.engines.torch_engine import TorchEngine
+    from dreamfleet.trainers.run.checkpoint import Checkpoints
     from dreamfleet.trainers.run.evaluation import Evaluation
     from dreamfleet.trainers.run.saves import Saves
 
@@ -69,6 +70,15 @@ def _plant(plan: dict[str, Any]) -> None:
     if pause := plan.get("pause"):
         before = TorchEngine.begin_step
         TorchEngine.begin_step = lambda *args: (time.sleep(pause), before(*args))[1]  # type: ignore[method-assign]
+    if seconds := plan.get("slow_save"):
+        write = Checkpoints.write
+
+        def write_slowly(checkpoints: Checkpoints, *args: Any, **options: Any) -> Any:
+            Path(plan["marker"]).touch()
+            time.sleep(seconds)
+            return write(checkpoints, *args, **options)
+
+        Checkpoints.write = write_slowly  # type: ignore[method-assign]
     if "where" in plan:
         owner, name = places[plan["where"]]
         original, calls = getattr(owner, name), [0]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from dreamfleet.datasets.errors import LeaseLost
+from dreamfleet.datasets.errors import LeaseLost, Replaced
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.run.lease import Lease, LeaseFile, SystemTime
 
@@ -90,7 +90,10 @@ class Fence:
         return stop
 
     def check(self, fresh: bool = True) -> None:
-        """Raise LeaseLost if a newer attempt or owner exists; without ``fresh`` a recent check is enough."""
+        """Raise LeaseLost if a newer owner exists, Replaced if a newer attempt does.
+
+        Without ``fresh`` a recent check is enough.
+        """
         with self._lock:
             if self._lost is not None:
                 raise self._lost
@@ -103,7 +106,8 @@ class Fence:
                 newer = next(other for other in lease.attempts if other.number > self.attempt)
                 self._lose(
                     f"attempt {self.attempt} of {self._file.folder.path()} was replaced by attempt {newer.number}, "
-                    f"which began at step {newer.step} at {newer.since}"
+                    f"which began at step {newer.step} at {newer.since}",
+                    Replaced,
                 )
             self._checked = now
 
@@ -121,8 +125,8 @@ class Fence:
                 else f"{self.owner.folder} was taken over"
             )
 
-    def _lose(self, reason: str) -> None:
-        self._lost = LeaseLost(f"{reason}; this process stops and writes nothing more")
+    def _lose(self, reason: str, kind: type[LeaseLost] = LeaseLost) -> None:
+        self._lost = kind(f"{reason}; this process stops and writes nothing more")
         raise self._lost
 
 

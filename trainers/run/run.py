@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dreamfleet.datasets.errors import Replaced
 from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.engine import EngineConfig
@@ -183,6 +184,8 @@ def _follow(
                 if session is not None:
                     session.leave()
                 raise
+            except Replaced as error:  # a member that the others have cut off; Ray starts another one
+                raise CutOff(str(error)) from error
             except Exception as error:
                 if not is_broken_group(error):
                     raise

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Any
 
+from dreamfleet.datasets.errors import Replaced
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.membership import Membership
 from dreamfleet.trainers.distributed.pulse import Preempted, Pulse
@@ -234,9 +235,12 @@ class Session:
         return summary
 
     def leave(self) -> None:
-        """Complete what this worker writes before it leaves the run, which other workers continue."""
-        self.checkpointing.saves.finish()
-        self.recorder.flush()
+        """Complete what this worker writes before it leaves, unless the next writer, which has it too, has begun."""
+        try:
+            self.checkpointing.saves.finish()
+            self.recorder.flush()
+        except Replaced as error:
+            log.info("not all was written before this worker left: %s", error)
 
     def _make_hooks(self) -> Hooks:
         return Hooks(

@@ -125,3 +125,15 @@ def test_a_worker_leaves_at_a_step_boundary(tmp_path: Path, undisturbed: dict[in
     assert sorted(group.end(), key=str) == [{"left": "its node is preempted"}, DONE | {"workers": 1}]
     (regroup,) = check(group, undisturbed[2])
     assert regroup["left"] and not regroup["lost"]
+
+
+def test_rank_0_leaves_although_its_successor_writes_before_its_save_is_stored(
+    tmp_path: Path, undisturbed: dict[int, Any]
+) -> None:
+    group, marker = make_group(tmp_path, 2), tmp_path / "saving"
+    group.start(0, pause=0.3, slow_save=3.0, marker=str(marker))
+    group.start(1, pause=0.3)
+    group.wait_for(marker.exists)
+    group.coordinator.leave(0, "its node is preempted")
+    assert sorted(group.end(), key=str) == [{"left": "its node is preempted"}, DONE | {"workers": 1}]
+    check(group, undisturbed[2])
