@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -154,10 +155,7 @@ class Measure(Kind):
         """Return the encoded token ids of each member; the prompt of an image is encoded once for all timesteps."""
         once = [own.unique(dim=0, return_inverse=True) for own in ids]
         encoded = self.model.encode(members, [different for different, _ in once])
-        return [
-            own.map(lambda tensor, rows=rows: tensor[rows])
-            for own, (_, rows) in zip(encoded, once, strict=True)
-        ]
+        return [own.map(itemgetter(rows)) for own, (_, rows) in zip(encoded, once, strict=True)]
 
     def find_own(
         self, error: Exception, members: Sequence[Member], passes: Sequence[Measurement]

@@ -55,9 +55,9 @@ class Pack:
         """Compute the pending pass of each training; return the results, or an error in the place of one."""
         micros = [number for number, one in enumerate(passes) if isinstance(one, Micro)]
         others = [number for number, one in enumerate(passes) if isinstance(one, Measurement)]
-        results = dict(zip(micros, self.backward([cast(Micro, passes[n]) for n in micros]), strict=True))
-        measured = self.measure([cast(Measurement, passes[n]) for n in others])
-        results |= dict(zip(others, measured, strict=True))
+        results = dict[int, Any]()
+        results |= zip(micros, self.backward([cast(Micro, passes[n]) for n in micros]), strict=True)
+        results |= zip(others, self.measure([cast(Measurement, passes[n]) for n in others]), strict=True)
         return [results[number] for number in range(len(passes))]
 
     def backward(self, micros: Sequence[Micro]) -> list[Loss | ResourceError]:
