@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dreamfleet.datasets.errors import RecipeError, RunFailed, UserError
+from dreamfleet.datasets.errors import Errors, RecipeError, RunFailed, UserError
 from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.trainers.config.search import SearchConfig
 from dreamfleet.trainers.driver.preflight import check_inputs
@@ -69,10 +69,13 @@ def search(
     failed otherwise.
     """
     recipe = _load(recipe, overrides)
-    check_trackers(recipe)
-    check_inputs(recipe)
-    disk = require_search_disk(recipe)
     open_folder = partial(open_store, recipe, resume=resume or continues or take_over)
+    errors = Errors()
+    for check in (partial(check_trackers, recipe), partial(check_inputs, recipe), open_folder):
+        with errors.collect():
+            check()
+    errors.refuse()
+    disk = require_search_disk(recipe)
     folder, say = open_folder().folder, Display().say
     waiting = open_folder if continues else None
     with (

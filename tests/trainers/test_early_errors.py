@@ -60,3 +60,19 @@ def test_errors_are_reported_before_workers_start(
     with pytest.raises(UserError, match=message):
         fit(recipe)
     assert not (tmp_path / "run").exists() and not (tmp_path / "class").exists()
+
+
+def test_all_missing_files_are_reported_at_once(tmp_path: Path) -> None:
+    judge = {
+        "holdout": "/nowhere/held",
+        "clip": "/nowhere/clip",
+        "metrics": ["loss", "clip_i"],
+        "prompts": ["a cat"],
+    }
+    changes = {"data__instance_data_dir": "/nowhere/images", "validation": judge, **ENDLESS}
+    with pytest.raises(UserError) as caught:
+        check_inputs(build_recipe(prior_tree(tmp_path, **changes)))
+    first, *lines = str(caught.value).splitlines()
+    assert first == "4 errors, nothing was started:"
+    for part in ("max_train_steps", "/nowhere/images", "/nowhere/held", "/nowhere/clip"):
+        assert sum(part in line for line in lines) == 1, (part, lines)

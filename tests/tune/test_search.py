@@ -14,7 +14,7 @@ from searches import make_recipe, make_tree, make_trials
 from typer.testing import CliRunner
 
 from dreamfleet.cluster.cli import program
-from dreamfleet.datasets.errors import RecipeError, ResourceError
+from dreamfleet.datasets.errors import RecipeError, ResourceError, UserError
 from dreamfleet.trainers.recipe import build_recipe, load_recipe
 from dreamfleet.tune.search import most_packed, search
 from dreamfleet.tune.trial_store import TrialStore
@@ -91,3 +91,13 @@ def test_a_trial_that_fits_on_no_machine_is_an_error_before_ray_starts(tmp_path:
     with pytest.raises(ResourceError, match=r"5000 CPU .*search\.resources_per_trial"):
         search(build_recipe(tree))
     assert not (tmp_path / "s").exists() and not ray.is_initialized()
+
+
+def test_missing_images_and_missing_earlier_searches_are_reported_together(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "s", warm_start=[str(tmp_path / "earlier")])
+    tree["data"]["instance_data_dir"] = str(tmp_path / "images")
+    tree["validation"]["holdout"] = str(tiny.make_images(tmp_path / "holdout", 1))
+    with pytest.raises(UserError) as caught:
+        search(build_recipe(tree))
+    for part in ("2 errors, nothing was started", f"{tmp_path}/images", f"{tmp_path}/earlier"):
+        assert part in str(caught.value)

@@ -1,8 +1,8 @@
 """Serves a :class:`Roster` to the workers of a run: connections, heartbeats, and detection of members that died.
 
 It runs in a thread of the process that starts the run. A killed worker closes its connection, so its death is known at
-once; one whose machine lost power or network is known by its silence. Messages are JSON; both sides prove that they
-know the run's key (``multiprocessing.connection``).
+once. A machine that lost power or network no longer answers the kernel's probes; a process that is stopped sends no
+heartbeats. Messages are JSON; both sides prove that they know the run's key (``multiprocessing.connection``).
 """
 
 from __future__ import annotations
@@ -27,12 +27,22 @@ from typing import Any
 
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.trainers.distributed.roster import Generation, Member, Roster
+from dreamfleet.trainers.distributed.sockets import (
+    PROBE_IDLE_SECONDS,
+    PROBE_SECONDS,
+    probe_peer,
+    unanswered_seconds,
+)
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 #: A member that is silent for so long is cut off. A process that is busy in one call of a library may be silent.
 SILENCE_SECONDS = 20.0
+#: A member whose machine does not answer for so long is cut off, if another member's machine answers meanwhile.
+#: Otherwise the network of this machine may be the one that fails, and nobody is cut off before SILENCE_SECONDS.
+UNANSWERED_SECONDS = 8.0
+ANSWER_SECONDS = PROBE_IDLE_SECONDS + 2 * PROBE_SECONDS  # a machine that answers has done so within this time
 
 
 class Coordinator:
@@ -131,6 +141,7 @@ class Coordinator:
             return ""
         if kind == "hello":
             name = message["name"]
+            probe_peer(connection)
             self._connections[name] = connection
             self._heard[name] = now
             member = Member(name, message["rank"], message["host"], message["port"])
@@ -158,11 +169,31 @@ class Coordinator:
         while not self._closed.wait(min(HEARTBEAT_SECONDS, self.silence / 4)):
             with self._lock:
                 now = time.monotonic()
-                for name in [name for name, heard in self._heard.items() if now - heard > self.silence]:
+                for name, why in self._find_silent(now).items():
                     if name in self.roster.members:
-                        self._remove(name, f"silent for {self.silence:.0f} s")
+                        self._remove(name, why)
                     self._heard.pop(name, None)
                 self._send(self.roster.form(now=now))
+
+    def _find_silent(self, now: float) -> dict[str, str]:
+        """Return the members whose process or machine is silent for too long, each with the reason to cut it off."""
+        silent = {
+            name: f"silent for {self.silence:.0f} s"
+            for name, heard in self._heard.items()
+            if now - heard > self.silence
+        }
+        unanswered = {
+            name: seconds
+            for name, connection in self._connections.items()
+            if (seconds := unanswered_seconds(connection)) is not None
+        }
+        if any(seconds < ANSWER_SECONDS for seconds in unanswered.values()):
+            silent |= {
+                name: f"its machine has not answered for {seconds:.0f} s"
+                for name, seconds in unanswered.items()
+                if seconds > UNANSWERED_SECONDS
+            }
+        return silent
 
     def _remove(self, name: str, why: str) -> None:
         self._send(self.roster.remove(name, why, now=time.monotonic()))

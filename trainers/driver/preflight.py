@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dreamfleet.datasets.errors import DataError, ModelError, RecipeError, ResourceError, UserError
+from dreamfleet.datasets.errors import DataError, Errors, ModelError, RecipeError, ResourceError, UserError
 from dreamfleet.datasets.path_field import NamedPath
 from dreamfleet.datasets.storage.object_store import is_address
 from dreamfleet.datasets.storage.storage import Storage
@@ -90,7 +90,7 @@ def reserve(
 
 
 def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
-    """Raise UserError for missing images or models before workers start, which takes half a minute.
+    """Raise UserError that lists missing images and models before workers start, which takes half a minute.
 
     ``begun``: the run has a checkpoint, so the file that it started from may be missing by now. Local folders
     of up to MAX_FILES files are indexed as a worker indexes them; workers check larger folders and buckets.
@@ -103,24 +103,33 @@ def check_inputs(recipe: Recipe, *, begun: bool = False) -> None:
     from dreamfleet.trainers.models.formats.lossless_image import require_codecs
     from dreamfleet.trainers.models.vision.judge_files import check_judges
 
-    require_runnable(recipe.train, recipe.optimizer)
-    require_codecs(recipe.train.export_formats or ())
-    recipe.with_deepspeed_file()
-    fills = recipe.data.cache == "while_training"
-    if recipe.data.cache_dir and not fills and not find_manifests(Storage(recipe.data.cache_dir)):
-        raise DataError(
-            f"data.cache_dir {recipe.data.cache_dir} holds no latents yet: run `dreamfleet data cache RECIPE` first, "
-            "set data.cache: while_training, or leave data.cache_dir out"
-        )
-    if all(_is_small(concept.instance_data_dir) for concept in load_concepts(recipe.data)):
-        load_sets(recipe.data, verify=False, known=known_files(recipe.data), excluded=recipe.excluded_folders)
+    data, holdout = recipe.data, recipe.validation.holdout
+    errors = Errors()
+    with errors.collect():
+        require_runnable(recipe.train, recipe.optimizer)
+    with errors.collect():
+        require_codecs(recipe.train.export_formats or ())
+    with errors.collect():
+        recipe.with_deepspeed_file()
+    with errors.collect():
+        if data.cache_dir and data.cache != "while_training" and not find_manifests(Storage(data.cache_dir)):
+            raise DataError(
+                f"data.cache_dir {data.cache_dir} holds no latents yet: run `dreamfleet data cache RECIPE` first, "
+                "set data.cache: while_training, or leave data.cache_dir out"
+            )
+    with errors.collect():
+        if all(_is_small(concept.instance_data_dir) for concept in load_concepts(data)):
+            load_sets(data, verify=False, known=known_files(data), excluded=recipe.excluded_folders)
+    with errors.collect():
+        check_judges(recipe.validation)
     for named in recipe.paths:
-        if not (begun and named.field.is_start):
-            check_exists(named)
-    check_judges(recipe.validation)
-    holdout = recipe.validation.holdout
-    if holdout and _is_small(holdout):
-        build_index(holdout, max_pixels=recipe.data.max_pixels)
+        with errors.collect():
+            if not (errors.has(named.key) or (begun and named.field.is_start)):
+                check_exists(named)
+    with errors.collect():
+        if holdout and not errors.has("validation.holdout") and _is_small(holdout):
+            build_index(holdout, max_pixels=data.max_pixels)
+    errors.refuse()
 
 
 def check_exists(named: NamedPath) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import queue
 import threading
@@ -10,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.packing.task import End
 from dreamfleet.tune.fleet.fleet_rows import FleetRows
@@ -107,6 +109,8 @@ class Finisher:
         try:
             if end.exit_reason == "completed" and not self.keep_checkpoints:
                 self.fleet.remove(f"{folder}/checkpoints")
+            if end.exit_reason == "failed":
+                self._write_failure(folder, subject.name, end)
             images = write_thumbnail(self.fleet, subject.name, folder, resolution=resolution)
             record["images"] = dataclasses.asdict(images) if images else None
         except Exception as error:  # noqa: BLE001 - the subject is trained; its result must be recorded
@@ -115,6 +119,16 @@ class Finisher:
         if end.exit_reason in ("completed", "failed"):
             self._unwritten.append(record)
         self.touch(index)
+
+    def _write_failure(self, folder: str, name: str, end: End) -> None:
+        """Write the reason into the run folder, whose process may have died before it wrote a summary."""
+        path = f"{folder}/summary.json"
+        try:
+            before = json.loads(self.fleet.read_text(path)) if self.fleet.exists(path) else {}
+        except ValueError:
+            before = {}  # written by a killed process
+        failure = {"run": name, "exit_reason": "failed", "error": end.error, "kind": end.kind}
+        self.fleet.write_text(path, json_text({**before, **failure}, indent=1))
 
     def _write_records(self) -> None:
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from dreamfleet.datasets.errors import RecipeError
+from dreamfleet.datasets.errors import Errors, RecipeError
 from dreamfleet.datasets.storage.retry import patience
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.fleet import FleetConfig
@@ -30,7 +30,7 @@ from dreamfleet.tune.fleet.image_places import paths_in
 from dreamfleet.tune.fleet.notebook import notebook_html
 from dreamfleet.tune.fleet.open_fleet import RECIPE, find_finished, open_fleet, to_start
 from dreamfleet.tune.fleet.page import FleetPage
-from dreamfleet.tune.fleet.progress import COMPLETED, FAILED, Progress, States, without_run_logs
+from dreamfleet.tune.fleet.progress import COMPLETED, FAILED, Progress, States
 from dreamfleet.tune.fleet.read_subjects import read_subjects
 from dreamfleet.tune.fleet.records import Records
 from dreamfleet.tune.fleet.rows import SubjectRow
@@ -107,9 +107,12 @@ def fleet(
         if isinstance(subjects, Sequence) and not isinstance(subjects, str)
         else read_table(subjects)
     )
-    rows, recipes = read_subjects(table, base, has_images=has_images)
+    errors = Errors()
+    with errors.collect():
+        rows, recipes = read_subjects(table, base, has_images=has_images)
+    _check_inputs(base, errors)
+    errors.refuse()
     run = _Fleet(base, table, rows, recipes)
-    run.check_inputs()
     display = Display()
     display.say(run.require_disk())
     open_folder = partial(open_fleet, base, resume=resume or continues or take_over)
@@ -143,6 +146,20 @@ def load_base(recipe: Recipe | str | os.PathLike[str], overrides: Sequence[str] 
     return build_recipe(tree, source=os.fspath(recipe), folder=folder), False
 
 
+def _check_inputs(recipe: Recipe, errors: Errors) -> None:
+    """Check the files that all subjects need; their images are checked with the table."""
+    with errors.collect():
+        check_trackers(recipe)
+    with errors.collect():
+        recipe.with_deepspeed_file()
+    with errors.collect():
+        check_judges(recipe.validation)
+    for named in recipe.paths:
+        with errors.collect():
+            if named.field.kind != "images" and not errors.has(named.key):
+                check_exists(named)
+
+
 class _Fleet:
     """One command that trains a fleet."""
 
@@ -152,15 +169,6 @@ class _Fleet:
         self.folder = Storage(recipe.output_dir)
         self.states = States(len(subjects))
         self.rows = FleetRows(subjects, self.states)
-
-    def check_inputs(self) -> None:
-        """Check the files that all subjects need; their images were checked with the table."""
-        check_trackers(self.recipe)
-        self.recipe.with_deepspeed_file()
-        for named in self.recipe.paths:
-            if named.field.kind != "images":
-                check_exists(named)
-        check_judges(self.recipe.validation)
 
     def require_disk(self) -> str:
         """Return the statement of the disk that the fleet needs. Raises ResourceError if ``output_dir`` has less."""
@@ -211,22 +219,21 @@ class _Fleet:
         finisher.start()
         ended = "completed"
         try:
-            with without_run_logs():
-                if waiting:
-                    progress.show()
-                    ended = run_pool(
-                        source,
-                        self._common_recipe(waiting[0]),
-                        stop=stop,
-                        say=display.say,
-                        tasks=min(len(waiting), self.limits.max_subjects or len(waiting)),
-                        max_concurrent=self.limits.max_concurrent,
-                        reads=self._reads(),
-                        address=address,
-                        shared=shared,
-                        should_stop=lambda: source.is_out_of_time or lease.is_lost,
-                        owner=lease.owner,
-                    )
+            if waiting:
+                progress.show()
+                ended = run_pool(
+                    source,
+                    self._common_recipe(waiting[0]),
+                    stop=stop,
+                    say=display.say,
+                    tasks=min(len(waiting), self.limits.max_subjects or len(waiting)),
+                    max_concurrent=self.limits.max_concurrent,
+                    reads=self._reads(),
+                    address=address,
+                    shared=shared,
+                    should_stop=lambda: source.is_out_of_time or lease.is_lost,
+                    owner=lease.owner,
+                )
         finally:
             finisher.close()
             progress.show()

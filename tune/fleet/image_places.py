@@ -19,6 +19,7 @@ from dreamfleet.datasets.storage.storage import Storage
 
 CONCURRENT_LISTINGS = 16
 _MISSING = "does not exist"
+_IS_FOLDER = "is a folder; a list names images, and a folder of images is a cell of its own"
 _NO_IMAGE = f"holds no image ({', '.join(IMAGE_SUFFIXES[:5])}, ...)"
 
 
@@ -74,7 +75,7 @@ def find_faults(places: Iterable[str]) -> dict[str, str]:
 
 def _fault_here(path: str, *, is_file: bool) -> str | None:
     if is_file:
-        return None if os.path.isfile(path) else _MISSING
+        return _IS_FOLDER if os.path.isdir(path) else None if os.path.isfile(path) else _MISSING
     if not os.path.isdir(path):
         return "is a file, not a folder of images" if os.path.exists(path) else _MISSING
     try:

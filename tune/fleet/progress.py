@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
-from dreamfleet.trainers.packing.slot import in_slot
 from dreamfleet.tune.fleet.rows import Status
 
 STATES: tuple[Status, ...] = get_args(Status)
@@ -81,20 +78,3 @@ class Progress:
         if self.ended:
             parts.append(f"{3600 * self.ended / max(1e-3, self._last - self._started):,.0f} subjects/hour")
         self.say(", ".join(parts))
-
-
-@contextmanager
-def without_run_logs() -> Iterator[None]:
-    """Keep messages of the subjects' runs, which are in their ``run.log``, out of this process's stderr."""
-    handlers = [one for one in logging.getLogger("dreamfleet").handlers if type(one) is logging.StreamHandler]
-    for handler in handlers:
-        handler.addFilter(_is_not_of_a_run)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(_is_not_of_a_run)
-
-
-def _is_not_of_a_run(record: logging.LogRecord) -> bool:
-    return not in_slot()

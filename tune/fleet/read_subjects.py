@@ -61,8 +61,7 @@ def read_subjects(
     }
     others = [column for column in columns if column.key not in (NAME, PRIORITY, *TEXTS)]
     choices, chosen = _choose(table, others, faults)
-    if not errors:
-        check_values(recipes, table.numbers, others, texts, choices, chosen, faults, looks=looks)
+    check_values(recipes, table.numbers, others, texts, choices, chosen, faults, looks=looks)
     if not has_images:
         given = texts.get(IMAGES, [None] * count)
         missing = [number for number, cell in zip(table.numbers, given, strict=True) if cell is None]

@@ -97,12 +97,20 @@ def _read_csv(content: bytes, path: str, delimiter: str = ",") -> _Cells:
     except pa.ArrowInvalid as error:
         raise RecipeError(f"{path}: not a table with a header and rows ({error})") from error
     every = (number for number in itertools.count(2) if number not in refused)
-    errors = [
-        f"row {number}: {count} cells, and the header has {len(header)}; put text with {delimiter!r} in quotes"
-        for number, count in refused.items()
-    ]
+    errors = [_wrong_count(number, count, len(header), delimiter) for number, count in refused.items()]
     columns = {name: table.column(name).to_pylist() for name in header}
     return list(itertools.islice(every, table.num_rows)), columns, errors
+
+
+def _wrong_count(number: int, count: int, columns: int, delimiter: str) -> str:
+    """Return the error of a row that has more or fewer cells than the header."""
+    mark = "a tab" if delimiter == "\t" else repr(delimiter)
+    remedy = (
+        f"put text with {mark} in quotes"
+        if count > columns
+        else f"end the row with {mark} for each empty cell"
+    )
+    return f"row {number}: {count} cell{'s' * (count > 1)}, and the header has {columns}; {remedy}"
 
 
 def _read_tsv(content: bytes, path: str) -> _Cells:

@@ -25,6 +25,7 @@ from dreamfleet.trainers.run.signals import Stop
 from dreamfleet.trainers.tracking.tracker import variables_for
 from dreamfleet.tune.pool.dispatch import Dispatcher, Events
 from dreamfleet.tune.pool.room import Demand, Room, limit_slots, plan_room
+from dreamfleet.tune.pool.run_logs import without_run_logs
 from dreamfleet.tune.pool.slots import fit_slots
 from dreamfleet.tune.pool.worker import Worker
 
@@ -72,13 +73,13 @@ def run_pool(
     """
     workers = recipe.scaling.pool_size if workers_per_task is None else workers_per_task
     demand = _demand(recipe, workers, say, resources, (tasks, max_concurrent, max_packed))
-    with watch_for_stop(Storage(recipe.output_dir)) as is_marked:
+    with watch_for_stop(Storage(recipe.output_dir)) as is_marked, without_run_logs():
 
         def is_stopped() -> bool:
             return stop.requested.is_set() or is_marked() or should_stop()
 
         if workers == 0:
-            is_complete = _run_here(source, recipe, demand, is_stopped, on_room, owner)
+            is_complete = _run_here(source, recipe, demand, is_stopped, say, on_room, owner)
         else:
             checked = {**shared_paths(recipe), **(reads or {})}
             with _joined_cluster(recipe, demand, stop, say, checked, address, shared) as room:
@@ -139,6 +140,7 @@ def _run_here(
     recipe: Recipe,
     demand: Demand,
     is_stopped: Callable[[], bool],
+    say: Callable[[str], None],
     on_room: Callable[[Room], None],
     owner: Owner | None,
 ) -> bool:
@@ -147,6 +149,7 @@ def _run_here(
     share = worker_resources(demand.scaling, [this_machine()])
     slots = limit_slots(demand, groups=1, uses_gpu=share.uses_gpu)
     room = Room(share, 1, fit_slots(recipe, limit=slots, uses_gpu=share.uses_gpu))
+    say(f"in this process{f', up to {room.slots} trainings packed' if room.slots > 1 else ''}")
     on_room(room)
     device = "cuda" if share.uses_gpu else "cpu"
     run_tasks(source, capacity=room.slots, device=device, should_stop=is_stopped, owner=owner)

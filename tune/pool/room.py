@@ -74,7 +74,8 @@ class Room:
         if self.workers_per_task > 1:
             return f"{self.groups} group{many} of {self.workers_per_task} workers with {resources} each"
         packed = f", up to {self.slots} trainings packed in each" if self.slots > 1 else ""
-        return f"{self.groups} worker{many} with {resources}{packed}"
+        each = " each" * (self.groups > 1)
+        return f"{self.groups} worker{many} with {resources}{each}{packed}"
 
 
 def plan_room(demand: Demand, nodes: Sequence[Resources], *, limit: Resources | None = None) -> Room:

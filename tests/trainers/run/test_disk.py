@@ -133,6 +133,14 @@ def test_runs_of_a_search_keep_weights_of_the_best_and_pages_of_all(tmp_path: Pa
     assert estimate_many(recipe, sizes, runs=1, at_once=8, kept=3, exported=3).writing == need.writing // 2
 
 
+REMEDIES = {  # kind of file: the first setting that makes it smaller
+    "exports": "train.save_precision=fp16",
+    "previews and report": "a larger validation.steps",
+    "previews and reports": "a larger validation.steps",
+    "class images": "fewer method.num_class_images",
+}
+
+
 def small_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
 
@@ -147,6 +155,9 @@ def test_a_full_disk_is_refused_with_what_where_and_remedies(
     for part in ("output_dir", recipe.output_dir, "5.0 GiB", "checkpoints 3.0 GiB", "1.0 GiB free"):
         assert part in str(raised.value)
     assert "train.checkpoints_total_limit=1" in str(raised.value)
+    for kind, setting in REMEDIES.items():
+        with pytest.raises(ResourceError, match=f"what is kept: {setting}"):
+            require_disk(DiskNeed({kind: 2**31, "other": 2**20}), recipe)
     small_disk(monkeypatch, 5 * 2**30)
     assert "5.0 GiB free" in require_disk(need, recipe)
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import yaml
 
-from dreamfleet.datasets.errors import CheckpointError, RecipeError
+from dreamfleet.datasets.errors import CheckpointError, RecipeError, UserError
 from dreamfleet.tune.fleet import finisher
 from dreamfleet.tune.fleet.fleet import FleetResult, fleet
 from dreamfleet.tune.fleet.records import Records
@@ -55,6 +55,8 @@ def test_every_subject_is_a_run_and_a_bad_one_fails_alone(place: Path) -> None:
     assert [a.status, b.status, bad.status] == ["completed", "completed", "failed"]
     assert (a.steps, b.steps, b.row) == (2, 3, 3)
     assert "x.png" in (bad.reason or "")
+    status = json.loads((place / "fleet/subjects/bad/summary.json").read_text())
+    assert (status["exit_reason"], status["error"]) == ("failed", bad.reason)
     run = place / "fleet/subjects/b"
     assert yaml.safe_load((run / "recipe.yaml").read_text())["data"]["instance_data_dir"] == str(place / "s1")
     assert (place / "fleet" / a.artifacts[0]).exists() and "a" in Path(a.artifacts[0]).name
@@ -150,3 +152,12 @@ def test_rows_may_be_given_in_python(place: Path, monkeypatch: pytest.MonkeyPatc
     result = fleet(rows, place / "recipe.yaml")
     assert [(row.name, row.status, row.steps) for row in result.rows] == [("a", "completed", 1)]
     assert "a" in result._repr_html_()
+
+
+def test_errors_of_the_table_and_of_the_recipe_are_reported_together(place: Path) -> None:
+    judge = ("validation.metrics=[clip_i]", "validation.prompts=[a cat]", "validation.clip=/nowhere/clip")
+    with pytest.raises(UserError) as caught:
+        train(place, "name,images,train.seed\na,nothing,-1\n", *judge)
+    for part in ("row 2: train.seed", "nothing does not exist", "validation.clip: /nowhere/clip"):
+        assert part in str(caught.value)
+    assert not (place / "fleet").exists()

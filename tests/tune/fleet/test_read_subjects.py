@@ -137,3 +137,13 @@ def test_equal_rows_have_equal_digests(tmp_path: Path, recipe: Recipe) -> None:
     two = read(tmp_path, recipe, "name,train.seed,method.name,images\na,3,,cat\n")
     three = read(tmp_path, recipe, "name,train.seed,images\na,4,cat\n")
     assert one[0].digest == two[0].digest != three[0].digest
+
+
+def test_wrong_columns_do_not_hide_wrong_values(tmp_path: Path, recipe: Recipe) -> None:
+    found = errors_of(tmp_path, recipe, "name,images,promt,train.seed\na,cat,x,-1\n")
+    assert len(found) == 2 and "column 'promt'" in found[0] and found[1].startswith("row 2: train.seed")
+
+
+def test_a_folder_in_a_list_of_images_is_called_a_folder(tmp_path: Path, recipe: Recipe) -> None:
+    found = errors_of(tmp_path, recipe, 'name,images\na,"[cat/00.png, dog]"\n')
+    assert len(found) == 1 and f"{tmp_path}/dog is a folder" in found[0]

@@ -46,7 +46,13 @@ def test_csv_cells_are_text_and_rows_have_the_numbers_of_a_spreadsheet(tmp_path:
     assert table.columns["name"] == ["007", "last"]
     assert table.columns["prompt"][0] == "one,\ntwo"
     assert list(table.numbers) == [2, 5]
-    assert len(table.errors) == 1 and "row 4: 1 cells" in table.errors[0]
+    assert table.errors == ["row 4: 1 cell, and the header has 3; end the row with ',' for each empty cell"]
+
+
+def test_a_row_with_too_many_cells_names_the_quotes(tmp_path: Path) -> None:
+    (tmp_path / "s.tsv").write_text("name\timages\na\tb\tc\n")
+    error = "row 2: 3 cells, and the header has 2; put text with a tab in quotes"
+    assert read_table(str(tmp_path / "s.tsv")).errors == [error]
 
 
 @pytest.mark.parametrize(
