@@ -93,7 +93,8 @@ def theirs(model: Any, files: list[str], prompt: str) -> Block:
 
 def ours(parts: Any, waits: list[float]) -> Block:
     """Run our loop over one block of steps, each time at a new position in the plan; return images per second."""
-    from dreamfleet.trainers.loop import Hooks, Schedule, drive, train
+    from dreamfleet.trainers.engines.passes import drive
+    from dreamfleet.trainers.loop import Hooks, Schedule, train
 
     starts: Iterator[int] = iter(range(0, 10**6, 100))
 

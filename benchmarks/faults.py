@@ -55,7 +55,8 @@ def make_table(results: list[dict[str, Any]]) -> str:
         if "failed" in row:
             lines.append(f"| {row['fault']} | | | **not as expected** | | | | |")
             continue
-        weights = "equal" if row["difference"] == 0 else f"within {row['difference']:.1e}"
+        difference = row["difference"]
+        weights = "-" if difference is None else "equal" if difference == 0 else f"within {difference:.1e}"
         goes_on = "yes" if row["goes_on"] else f"exit {row['code']}, then `--resume`"
         seconds = ["-" if row[key] is None else row[key] for key in ("restart_s", "new_step_s")]
         workers = row["workers"] if isinstance(row["workers"], int) else " to ".join(map(str, row["workers"]))

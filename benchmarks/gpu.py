@@ -40,7 +40,8 @@ def run_case(name: str, *, small: bool) -> dict[str, Any]:
 
 
 def _run_on(device: torch.device, name: str, *, small: bool) -> dict[str, Any]:
-    from dreamfleet.trainers.loop import Hooks, Schedule, drive, train
+    from dreamfleet.trainers.engines.passes import drive
+    from dreamfleet.trainers.loop import Hooks, Schedule, train
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(name, Path(folder), small=small)

@@ -3,7 +3,8 @@
 Textual Inversion, learning rate and number of vectors, held-out loss. For each seed (of images' order, noise and
 proposals): TPE with ASHA, the same with as many steps as random search trains, random search and TPE without ASHA, and
 the recipe's own values. Losses and trained steps do not depend on the machine. The first seed is repeated with one
-slot, which gives the trials per hour packed and not. Environment variables: SEEDS, TRIALS, STEPS.
+slot, which gives the trials per hour packed and not. Environment variables: SEEDS, TRIALS, STEPS; with PACKED=n only
+the last comparison is made, n times in turns, and written as search_packed.
 """
 
 from __future__ import annotations
@@ -72,6 +73,25 @@ def run_search(folder: Path, way: str, seed: int, *, slots: int = 8) -> dict[str
     }
 
 
+def compare_packed(scratch: Path, rounds: int) -> dict[str, Any]:
+    """Run the same random search with 8 slots and with one, in turns; return seconds of each and their ratios.
+
+    CPU seconds are also those of child processes: other programs on the machine change them less than wall time.
+    """
+    turns: list[dict[str, Any]] = []
+    for number in range(rounds):
+        turn: dict[str, Any] = {}
+        for name, slots in (("packed", 8), ("one_slot", 1)):
+            before = sum(os.times()[:4])
+            found = run_search(scratch / f"{name}-{number}", "random", 0, slots=slots)
+            cpu = round(sum(os.times()[:4]) - before, 1)
+            turn[name] = {key: found[key] for key in ("best", "trials", "steps", "seconds")} | {"cpu": cpu}
+        for key in ("seconds", "cpu"):
+            turn[f"ratio_{key}"] = round(turn["one_slot"][key] / turn["packed"][key], 2)
+        turns.append(turn)
+    return {"trials": TRIALS, "steps": STEPS, "turns": turns}
+
+
 def run_default(folder: Path, seed: int) -> float:
     """Train the recipe's own values; return the lowest held-out loss of its rounds."""
     from dreamfleet.datasets.storage.storage import Storage
@@ -90,6 +110,12 @@ def run_default(folder: Path, seed: int) -> float:
 def main() -> None:
     """Run every search of every seed, and write the result after each seed."""
     seeds: dict[str, dict[str, Any]] = {}
+    if rounds := int(os.environ.get("PACKED", 0)):
+        with tempfile.TemporaryDirectory() as scratch:
+            run_search(Path(scratch, "first"), "random", 1)  # imports and reads the model, which do not count
+            found = compare_packed(Path(scratch), rounds)
+        write_result("search_packed", found, how="PACKED=3 python benchmarks/search_gain.py")
+        return
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(SEEDS):
             folder = Path(scratch, str(seed))

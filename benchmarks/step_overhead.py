@@ -26,7 +26,8 @@ def measure(config: dict[str, Any]) -> None:
 
     from dreamfleet.datasets.storage.storage import Storage
     from dreamfleet.trainers.distributed.context import DistributedContext
-    from dreamfleet.trainers.loop import Hooks, Schedule, drive, train
+    from dreamfleet.trainers.engines.passes import drive
+    from dreamfleet.trainers.loop import Hooks, Schedule, train
     from dreamfleet.trainers.recipe import load_recipe
     from dreamfleet.trainers.report.metrics_log import MetricsLog
     from dreamfleet.trainers.run.build import assemble

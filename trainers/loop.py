@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import torch
 
 from dreamfleet.datasets.rng import key
 from dreamfleet.trainers.distributed.pulse import Pulse
 from dreamfleet.trainers.engines.base import Engine
-from dreamfleet.trainers.methods.base import Batch, Loss
+from dreamfleet.trainers.engines.model_passes import Micro
+from dreamfleet.trainers.engines.passes import Passes, no_passes
+from dreamfleet.trainers.methods.base import Batch
 from dreamfleet.trainers.step_metrics import LossWatch, Meter
 
 
@@ -22,7 +24,8 @@ class Hooks:
     log: Callable[[dict[str, Any]], None] = lambda line: None
     save: Callable[[int], None] = lambda step: None
     sample: Callable[[int], None] = lambda step: None
-    validate: Callable[[int], dict[str, float]] = lambda step: {}
+    #: measures the model after a step
+    validate: Callable[[int], Passes[dict[str, float]]] = lambda step: no_passes({})
     should_stop: Callable[[], bool] = lambda: False
     #: whether a worker waits to join or to leave; if any rank says so, all end the loop after the same step
     should_regroup: Callable[[], bool] = lambda: False
@@ -68,44 +71,6 @@ class Schedule:
         return done % self.sample_every == 0 or done == self.total
 
 
-class Micro(NamedTuple):
-    """One prepared micro-batch, for which the loop needs a forward and backward pass of ``engine``.
-
-    ``last``: it is this worker's last one of its step. ``seed``: the seed of the random numbers that the pass draws
-    from torch's generator, as dropout does. ``keeps``: gradients of earlier micro-batches of the step are stored in the
-    parameters.
-    """
-
-    engine: Engine
-    batch: Batch
-    last: bool
-    seed: int
-    keeps: bool = False
-
-
-Result = TypeVar("Result")
-#: A training that yields micro-batches and is sent the loss of each: several can share one forward and backward pass.
-Training = Generator[Micro, Loss, Result]
-
-
-def drive(training: Training[Result]) -> Result:
-    """Run a training alone: compute the passes that it asks for, one after the other; return its result."""
-    try:
-        micro = next(training)
-        while True:
-            torch.manual_seed(micro.seed)
-            try:
-                loss = micro.engine.backward(micro.batch, last=micro.last)
-            except Exception as error:  # noqa: BLE001 - the training decides whether it can continue
-                micro = training.throw(error)
-            else:
-                micro = training.send(loss)
-    except StopIteration as end:
-        return end.value
-    finally:
-        training.close()
-
-
 def train(
     engine: Engine,
     batches: Iterator[Batch],
@@ -117,13 +82,13 @@ def train(
     start_step: int = 0,
     hooks: Hooks,
     progress: Progress | None = None,
-) -> Training[Outcome]:
+) -> Passes[Outcome]:
     """Train from optimizer step ``start_step`` to ``schedule.total``, or until the hooks ask to stop or to regroup.
 
-    This is a generator: see :func:`drive`. ``prepare`` completes a batch on the device. ``rates``: the learning rate of
-    each parameter group as a function of the step (from 0). ``progress``: that of a training whose workers have
-    changed. Raises RunFailed if a loss is not finite, before the resulting weights are saved or evaluated, and if every
-    gradient is exactly zero.
+    ``drive`` of :mod:`~dreamfleet.trainers.engines.passes` runs it alone. ``prepare`` completes a batch on the device.
+    ``rates``: the learning rate of each parameter group as a function of the step (from 0). ``progress``: that of a
+    training whose workers have changed. Raises RunFailed if a loss is not finite, before the resulting weights are
+    saved or evaluated, and if every gradient is exactly zero.
     """
     progress = progress or Progress(engine, schedule, start_step, hooks)
     loop = _Loop(engine, batches, prepare, rates, progress, hooks)
@@ -142,7 +107,7 @@ def train(
             yield from loop.take_step(step, seed)
     except StopTraining:
         engine.drop_gradients()
-        return loop.interrupt(step)
+        return loop.interrupt(progress.done or step)  # thrown into a measurement, the step is done
     finally:
         hooks.pulse.end()
     return Outcome(schedule.total, "completed", progress.meter.figures)
@@ -166,9 +131,7 @@ class Progress:
         self.is_warm = False
         self._unlogged: tuple[int, torch.Tensor, dict[str, float]] | None = None
 
-    def warm_up(
-        self, batch: Batch, prepare: Callable[[Batch], Batch], *, seed: int
-    ) -> Generator[Micro, Loss, None]:
+    def warm_up(self, batch: Batch, prepare: Callable[[Batch], Batch], *, seed: int) -> Passes[None]:
         """Run one forward and backward pass whose result is dropped, so that insufficient memory shows early."""
         yield Micro(self.engine, prepare(self.engine.to_device(batch)), last=True, seed=seed)
         self.engine.drop_gradients()
@@ -216,7 +179,7 @@ class _Loop:
         self.watch, self.meter = progress.watch, progress.meter
         hooks.pulse.resume(progress.done or 0)
 
-    def take_step(self, step: int, seed: int) -> Generator[Micro, Loss, None]:
+    def take_step(self, step: int, seed: int) -> Passes[None]:
         """Take optimizer step ``step`` (from 0); then log, save, evaluate and generate previews where they are due.
 
         ``seed``: the run's seed. Each unit has its own seed for code that draws from torch's generator (dropout), so
@@ -245,7 +208,7 @@ class _Loop:
         self.watch.see_norm(norm)
         meter.has_times &= not self.hooks.is_profiled(step + 1)
         meter.add(losses, images=batch["num_instances"] * engine.num_units)
-        self._finish_step(step + 1, norm, now)
+        yield from self._finish_step(step + 1, norm, now)
 
     def interrupt(self, done: int) -> Outcome:
         """Save a checkpoint after ``done`` steps, and return the outcome of the interrupted training."""
@@ -254,7 +217,7 @@ class _Loop:
             self.hooks.save(done)
         return Outcome(done, "interrupted", self.meter.figures)
 
-    def _finish_step(self, done: int, norm: torch.Tensor, rates: dict[str, float]) -> None:
+    def _finish_step(self, done: int, norm: torch.Tensor, rates: dict[str, float]) -> Passes[None]:
         schedule, hooks = self.schedule, self.hooks
         logs, saves, samples = schedule.logs_at(done), schedule.saves_at(done), schedule.samples_at(done)
         if logs:
@@ -269,7 +232,7 @@ class _Loop:
                     hooks.save(done)
             if samples:
                 with hooks.pulse.during("evaluation"):
-                    if figures := hooks.validate(done):
+                    if figures := (yield from hooks.validate(done)):
                         self.meter.figures.update(figures)
                         hooks.log({"step": done, **figures})
                     hooks.sample(done)

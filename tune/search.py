@@ -27,6 +27,7 @@ from dreamfleet.tune.result import SearchResult
 from dreamfleet.tune.results import BEST, TABLE, write_best, write_table
 from dreamfleet.tune.retention import Retention, describe_freed
 from dreamfleet.tune.trial_store import RECIPE, Trial, TrialStore, error_class
+from dreamfleet.tune.unpacked import describe_unpacked
 from dreamfleet.tune.warm_start import describe_earlier
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ def _run_trials(
         on_progress=on_progress or display.show,
     )
     left = algorithm.remaining
-    for line in [*describe_earlier(store), *([] if left is None else [f"{left} trial{'s' * (left > 1)}"])]:
+    count = [] if left is None else [f"{left} trial{'s' * (left > 1)}"]
+    for line in [*describe_earlier(store), *count, *([] if workers > 1 else describe_unpacked(recipe))]:
         display.say(line)
     ended = run_pool(
         source,

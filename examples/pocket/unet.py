@@ -30,8 +30,9 @@ from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.method import MethodConfig
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.process_group import leave_group
+from dreamfleet.trainers.engines.passes import drive
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
-from dreamfleet.trainers.loop import Hooks, Schedule, drive, train
+from dreamfleet.trainers.loop import Hooks, Schedule, train
 from dreamfleet.trainers.methods.base import Batch, Setting
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 from dreamfleet.trainers.models.stable_diffusion.model import StableDiffusion

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,19 @@ def situations(folder: Path, distributed: DistributedContext) -> dict[str, Calla
             "left": left,
         }
 
+    def asks(thrown: Exception | None) -> Any:
+        """Answer the question of a generator on every rank; on rank 1, throw an error into it instead."""
+
+        def question() -> Generator[str, int, int]:
+            return (yield "a pass")
+
+        work = distributed.generate_on_every_rank(question())
+        assert next(work) == "a pass"
+        try:
+            return work.throw(thrown) if thrown and distributed.rank == 1 else work.send(distributed.rank)
+        except StopIteration as end:
+            return end.value
+
     def resume_apart() -> None:
         tree = tiny.make_recipe(folder, output_dir=f"{APART}/run", train__train_batch_size=1)
         run_worker(build_recipe(tree), rank=distributed.rank, world=2, resume=True)
@@ -118,7 +131,9 @@ def situations(folder: Path, distributed: DistributedContext) -> dict[str, Calla
         "error on rank 0": lambda: distributed.on_rank_0(fails(0, DataError("no such image"))),
         "fault on rank 0": lambda: distributed.on_rank_0(fails(0, KeyError("a bug"))),
         "error on rank 1": lambda: distributed.on_every_rank(fails(1, DataError("a torn image"))),
+        "error on rank 1 in a generator": lambda: asks(DataError("a torn image")),
         "own value": lambda: distributed.on_every_rank(lambda: distributed.rank),
+        "own value of a generator": lambda: asks(None),
         "order": lambda: distributed.collect([f"{number}" for number in distributed.share(5)]),
         "order on rank 0": lambda: distributed.collect(list(distributed.share(5)), everywhere=False),
         "a table in a common folder": lambda: table(str(folder)),

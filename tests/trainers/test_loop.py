@@ -16,7 +16,9 @@ from PIL import Image
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.artifacts.usage import describe
-from dreamfleet.trainers.loop import Hooks, Outcome, Schedule, drive, train
+from dreamfleet.trainers.engines.model_passes import Measurement
+from dreamfleet.trainers.engines.passes import Passes, drive, no_passes
+from dreamfleet.trainers.loop import Hooks, Outcome, Schedule, StopTraining, train
 from dreamfleet.trainers.methods.base import Loss
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.report.metrics_log import read_metrics
@@ -119,7 +121,7 @@ def holdout_tree(folder: Path, **changes: Any) -> dict[str, Any]:
 def measure(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
     """Replace a run's held-out losses by ``losses``, in order of their steps."""
     coming = iter(losses.values())
-    monkeypatch.setattr(Evaluation, "measure", lambda evaluation: {"holdout_loss": next(coming)})
+    monkeypatch.setattr(Evaluation, "measure", lambda evaluation: no_passes({"holdout_loss": next(coming)}))
 
 
 LOSSES = {0: 0.1, 2: 0.9, 4: 0.5, 6: 0.6, 8: 0.7, 10: 0.8}
@@ -229,3 +231,27 @@ def test_the_progress_of_a_loop_is_marked() -> None:
     assert phases == ["save"] * 3
     beat = hooks.pulse.beat()
     assert (beat.step, beat.phase, beat.saved) == (3, "end", 2), "what follows the loop would count as a hang"
+
+
+def test_a_training_that_is_stopped_in_a_measurement_saves_the_step_that_it_has_taken() -> None:
+    engine: Any = RandomEngine(world=1)
+    saved: list[int] = []
+
+    def validate(step: int) -> Passes[dict[str, float]]:
+        return {"holdout_loss": (yield Measurement(engine, {}))}
+
+    training = train(
+        engine,
+        itertools.repeat({"num_instances": 2}),
+        lambda batch: batch,
+        rates={},
+        schedule=Schedule(total=4, save_every=9, sample_every=2, log_every=1),
+        seed=7,
+        hooks=Hooks(save=saved.append, validate=validate),
+    )
+    asked = next(training)
+    while not isinstance(asked, Measurement):
+        asked = training.send(asked.compute())
+    with pytest.raises(StopIteration) as end:
+        training.throw(StopTraining())
+    assert end.value.value.step == 2 and end.value.value.exit_reason == "interrupted" and saved == [2]

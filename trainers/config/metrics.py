@@ -43,8 +43,9 @@ class Metric:
     is their mean. With ``parts``, it maps them to one float per image for the metric's name and for each part.
 
     ``measure`` is for metrics of the model instead of images: it maps a
-    :class:`~dreamfleet.trainers.evaluation.loss_metrics.Subject`, before the first step, to an object whose
+    :class:`~dreamfleet.trainers.evaluation.loss_metrics.MeasuredRun`, before the first step, to an object whose
     ``figures(engine)`` returns the metric and its parts by name in every validation round, the same on every rank.
+    Either may be a generator of passes (:mod:`dreamfleet.trainers.engines.passes`), which packed trainings share.
 
     Both are functions, or ``"module:attribute"`` to import them at their first use. A metric has at most one of
     them; with neither, the training loop measures it, such as the held-out loss.
@@ -123,14 +124,14 @@ FIDELITY = Metric(
 OVERFITTING = Metric(
     "overfitting",
     "How far the loss on the training images fell below the untuned model's, 0 to 1; the same noise each time.",
-    measure="dreamfleet.trainers.evaluation.loss_metrics:Overfitting",
+    measure="dreamfleet.trainers.evaluation.loss_metrics:make_overfitting",
     higher_is_better=False,
     needs=("training",),
 )
 VIEW_LOSS = Metric(
     "view loss",
     "Loss on enlarged training images relative to the untuned model's; rises when the images are memorised.",
-    measure="dreamfleet.trainers.evaluation.loss_metrics:ViewLoss",
+    measure="dreamfleet.trainers.evaluation.loss_metrics:make_view_loss",
     higher_is_better=False,
     needs=("training",),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -17,6 +17,8 @@ from dreamfleet.datasets.errors import RunFailed, UserError
 from dreamfleet.trainers.distributed.device import explain_out_of_memory, with_index
 
 T = TypeVar("T")
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 # Between steps a rank may wait for another that uploads gigabytes or encodes a hundred thousand images. A rank that
 # died is detected much earlier: Ray monitors the processes, and gloo their connections.
@@ -90,7 +92,19 @@ class DistributedContext:
 
         If only some ranks failed, the message of a UserError names the first of them and its host.
         """
-        outcome = _try(work)
+        return self._agree(_try(work))
+
+    def generate_on_every_rank(self, work: Generator[Asked, Answer, T]) -> Generator[Asked, Answer, T]:
+        """Run the generator ``work`` on every rank; return this rank's result as :meth:`on_every_rank` does."""
+        try:
+            with explain_out_of_memory():
+                outcome = _Outcome((yield from work))
+        except Exception as error:  # noqa: BLE001 - raised again on every rank
+            outcome = _Outcome(None, error)
+        return self._agree(outcome)
+
+    def _agree(self, outcome: _Outcome) -> Any:
+        """Return this rank's result, or raise the error of the lowest failed rank on all."""
         if self.world == 1:
             return outcome.result()
         own = None if outcome.error is None else (outcome.packed(), socket.gethostname())

@@ -16,6 +16,7 @@ from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.config.engines import ENGINES, EngineSpec, engine_name, find_refused
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.distributed.device import copy_to_device
+from dreamfleet.trainers.engines.passes import Passes, drive, no_passes
 from dreamfleet.trainers.engines.performance import apply_options, release_compiled, start_any_rank
 from dreamfleet.trainers.methods.base import Batch, Loss, Method
 from dreamfleet.trainers.optim.ema import Ema
@@ -158,6 +159,13 @@ class Engine(EngineSpec, ABC):
         The average is the EMA, or that of a Schedule-Free optimizer; without one the method keeps its own weights. The
         ranks may compute different things, unless :attr:`lockstep`.
         """
+
+    def evaluate_passes(self, passes: Passes[T]) -> Passes[T]:
+        """Run a computation as :meth:`evaluate` runs a function; by default its passes are computed here at once.
+
+        An engine on which several trainings can share their passes lets others compute them.
+        """
+        return no_passes(self.evaluate(lambda: drive(passes)))
 
     @abstractmethod
     def full_weights(self) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from dreamfleet.trainers.config.engines import TorchSpec
 from dreamfleet.trainers.config.optimizer import OptimizerConfig
 from dreamfleet.trainers.engines.base import Engine, T, check_optimizer
 from dreamfleet.trainers.engines.gradient_exchange import GradientExchange
+from dreamfleet.trainers.engines.passes import Passes
 from dreamfleet.trainers.methods.base import Batch, Loss
 from dreamfleet.trainers.optim.ema import Ema, saved_average
 from dreamfleet.trainers.optim.optimizers import make_optimizer, resolve
@@ -116,6 +117,10 @@ class TorchEngine(TorchSpec, Engine):
     def evaluate(self, action: Callable[[], T]) -> T:
         with self._averaged(lambda param, value: value.to(param.dtype)):
             return action()
+
+    def evaluate_passes(self, passes: Passes[T]) -> Passes[T]:
+        with self._averaged(lambda param, value: value.to(param.dtype)):
+            return (yield from passes)
 
     @contextmanager
     def full_weights(self) -> Iterator[None]:

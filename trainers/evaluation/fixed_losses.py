@@ -16,7 +16,10 @@ from dreamfleet.trainers.batches.sources import Shown
 from dreamfleet.trainers.batches.vae_encoding import encode_index
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import Engine
+from dreamfleet.trainers.engines.model_passes import Measurement
+from dreamfleet.trainers.engines.passes import Passes, drive
 from dreamfleet.trainers.evaluation.eval_mode import eval_mode
+from dreamfleet.trainers.methods.base import Batch
 from dreamfleet.trainers.methods.diffusion_method import DiffusionMethod
 
 
@@ -77,26 +80,37 @@ class FixedLosses:
 
     def losses(self, engine: Engine) -> Tensor:
         """Return the losses ``[N, count]`` of all images on the CPU, the same on every rank."""
-        mine = self.distributed.on_every_rank(lambda: self._measure_mine(engine))
+        return drive(self.passes(engine))
+
+    def passes(self, engine: Engine) -> Passes[Tensor]:
+        """Return what :meth:`losses` returns; the passes may be computed together with those of other trainings."""
+        mine = yield from self.distributed.generate_on_every_rank(self._measure_mine(engine))
         return torch.stack(self.distributed.collect(mine)).double()
 
-    @torch.no_grad()
-    def _measure_mine(self, engine: Engine) -> list[Tensor]:
+    def _measure_mine(self, engine: Engine) -> Passes[list[Tensor]]:
         """Return the losses ``[count]`` of each image of this rank, on the CPU."""
-        losses, count = [], len(self.timesteps)
+        losses = list[Tensor]()
         prepare, images = Preparer(self.method), self._encode_mine()
-        with eval_mode(self.method), engine.autocast():
-            for image, latents, mask, time_ids, prompt in images:
-                # The noise is drawn again in every measurement: storing it would take count times the memory of the
-                # latents.
-                keys = [("holdout", 0, j, image) for j in range(count)]
-                batch = {
-                    "latents": latents.expand(count, -1, -1, -1),
-                    "noise": self.method.model.draw_noise(keys, tuple(latents.shape))[0],
-                    "mask": mask.expand(count, -1, -1, -1),
-                    "timesteps": self.timesteps,
-                    "time_ids": time_ids.expand(count, -1),
-                    "prompts": [prompt] * count,
-                }
-                losses.append(self.method.sample_losses(prepare(engine.to_device(batch))))
+        with eval_mode(self.method):  # of this training's own modules: others may train while it waits
+            for image in images:
+                with torch.no_grad(), engine.autocast():
+                    batch = prepare(engine.to_device(self._batch(image)))
+                losses.append((yield Measurement(engine, batch)))
         return [loss.cpu() for loss in losses]
+
+    def _batch(self, image: _Image) -> Batch:
+        """Return the batch of an image at all timesteps.
+
+        The noise is drawn again in every measurement: storing it would take ``count`` times the memory of the latents.
+        """
+        count = len(self.timesteps)
+        keys = [("holdout", 0, j, image.id) for j in range(count)]
+        sizes = {"time_ids": image.time_ids.expand(count, -1)} if self.method.model.uses_time_ids else {}
+        return {
+            **sizes,
+            "latents": image.latents.expand(count, -1, -1, -1),
+            "noise": self.method.model.draw_noise(keys, tuple(image.latents.shape))[0],
+            "mask": image.mask.expand(count, -1, -1, -1),
+            "timesteps": self.timesteps,
+            "prompts": [image.prompt] * count,
+        }

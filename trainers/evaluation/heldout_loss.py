@@ -9,6 +9,7 @@ from dreamfleet.trainers.batches.image_feed import ImageReader
 from dreamfleet.trainers.config.metrics import HELD_OUT
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import Engine
+from dreamfleet.trainers.engines.passes import Passes
 from dreamfleet.trainers.evaluation.eval_mode import eval_mode
 from dreamfleet.trainers.evaluation.fixed_losses import FixedLosses
 from dreamfleet.trainers.methods.image_method import ImageMethod
@@ -23,9 +24,10 @@ class HeldOutLoss(FixedLosses):
         """Return the mean loss; the same on every rank."""
         return float(self.losses(engine).mean())
 
-    def figures(self, engine: Engine) -> dict[str, float]:
+    def figures(self, engine: Engine) -> Passes[dict[str, float]]:
         """Return the loss under its key in ``metrics.jsonl``."""
-        return {HELD_OUT: self.measure(engine)}
+        losses = yield from self.passes(engine)
+        return {HELD_OUT: float(losses.mean())}
 
 
 class HeldOutImages:

@@ -6,6 +6,7 @@ every measurement, so that a difference is a difference of the model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from dreamfleet.datasets.registry import load_attribute
 from dreamfleet.trainers.config.metrics import METRICS
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import Engine
+from dreamfleet.trainers.engines.passes import Passes, finish
 from dreamfleet.trainers.evaluation.fixed_losses import FixedLosses
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.diffusion_method import require_diffusion
@@ -64,8 +66,11 @@ class MeasuredRun:
 class ModelMetric(Protocol):
     """A metric of the model: created before the first step, with the untuned model in place."""
 
-    def figures(self, engine: Engine) -> dict[str, float]:
-        """Return the metric and its parts by their keys in ``metrics.jsonl``; the same on every rank."""
+    def figures(self, engine: Engine) -> dict[str, float] | Passes[dict[str, float]]:
+        """Return the metric and its parts by their keys in ``metrics.jsonl``; the same on every rank.
+
+        It may be a generator of passes, which are then computed together with those of other trainings.
+        """
         ...
 
 
@@ -78,15 +83,19 @@ class Overfitting:
     and a ratio needs no temperature T.
     """
 
-    def __init__(self, run: MeasuredRun):
-        self.images = run.losses()
-        self.base = run.engine.evaluate(lambda: self.images.losses(run.engine))
+    def __init__(self, images: FixedLosses, base: Tensor):
+        self.images, self.base = images, base
 
-    def figures(self, engine: Engine) -> dict[str, float]:
+    def figures(self, engine: Engine) -> Passes[dict[str, float]]:
         """Return the indicator as ``overfitting``."""
-        return {
-            "overfitting": float((1 - relative(self.images.losses(engine), self.base)).clamp(0, 1).mean())
-        }
+        losses = yield from self.images.passes(engine)
+        return {"overfitting": float((1 - relative(losses, self.base)).clamp(0, 1).mean())}
+
+
+def make_overfitting(run: MeasuredRun) -> Passes[Overfitting]:
+    """Create the metric from the losses of the untuned model."""
+    images = run.losses()
+    return Overfitting(images, (yield from run.engine.evaluate_passes(images.passes(run.engine))))
 
 
 class ViewLoss:
@@ -98,17 +107,28 @@ class ViewLoss:
     exact images raises it, as for held-out images.
     """
 
-    def __init__(self, run: MeasuredRun):
-        self.views = [run.losses(enlarged=factor) for factor in VIEWS]
-        self.base = run.engine.evaluate(lambda: [view.losses(run.engine) for view in self.views])
+    def __init__(self, views: Sequence[FixedLosses], bases: Sequence[Tensor]):
+        self.views, self.bases = views, bases
 
-    def figures(self, engine: Engine) -> dict[str, float]:
+    def figures(self, engine: Engine) -> Passes[dict[str, float]]:
         """Return the relative loss as ``view_loss``."""
-        ratios = [
-            relative(view.losses(engine), base).mean()
-            for view, base in zip(self.views, self.base, strict=True)
-        ]
+        losses = yield from _losses_of(self.views, engine)
+        ratios = [relative(one, base).mean() for one, base in zip(losses, self.bases, strict=True)]
         return {"view_loss": float(sum(ratios) / len(ratios))}
+
+
+def make_view_loss(run: MeasuredRun) -> Passes[ViewLoss]:
+    """Create the metric from the losses of the untuned model."""
+    views = [run.losses(enlarged=factor) for factor in VIEWS]
+    return ViewLoss(views, (yield from run.engine.evaluate_passes(_losses_of(views, run.engine))))
+
+
+def _losses_of(views: Sequence[FixedLosses], engine: Engine) -> Passes[list[Tensor]]:
+    """Return the losses ``[N, bins]`` of each view."""
+    found = []
+    for view in views:
+        found.append((yield from view.passes(engine)))
+    return found
 
 
 def relative(losses: Tensor, base: Tensor) -> Tensor:
@@ -116,8 +136,8 @@ def relative(losses: Tensor, base: Tensor) -> Tensor:
     return losses.mean(dim=0) / base.mean(dim=0)
 
 
-def make_model_metrics(names: list[str], run: MeasuredRun) -> list[ModelMetric]:
-    """Create the metrics of these names; every rank calls it, before the first step.
+def make_model_metrics(names: list[str], run: MeasuredRun) -> Passes[list[ModelMetric]]:
+    """Create the metrics of these names, which may take passes; every rank calls it, before the first step.
 
     Raises RecipeError if the method does not train a diffusion model and a metric needs one.
     """
@@ -127,5 +147,5 @@ def make_model_metrics(names: list[str], run: MeasuredRun) -> list[ModelMetric]:
         if isinstance(measure, str):
             measure = load_attribute(measure, what=f"metric {name!r}")
         assert measure is not None
-        found.append(measure(run))
+        found.append((yield from finish(measure(run))))
     return found

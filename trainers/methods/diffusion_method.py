@@ -138,7 +138,11 @@ class DiffusionMethod(Method):
 
     def sample_losses(self, batch: Batch) -> Tensor:
         """Return the mean squared error of each sample ``[N]``, for held-out images, whatever the recipe's loss."""
-        return self.model.loss(self.combine(batch, self.predict(batch)[1]), batch)
+        return self.errors(batch, self.predict(batch)[1])
+
+    def errors(self, batch: Batch, predicted: Tensor) -> Tensor:
+        """Return the mean squared error of each sample ``[N]``, given the denoiser's output ``[R, C, H, W]``."""
+        return self.model.loss(self.combine(batch, predicted), batch)
 
     def forward(self, batch: Batch) -> Loss:
         """Return the loss of a batch, see :meth:`loss`."""

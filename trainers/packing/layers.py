@@ -115,7 +115,7 @@ class PackedAdapter(nn.Module):
         parts = rows.split(inputs)
         for k, member in enumerate(rows.members):
             if member.has_dropout and (layer := member.adapters.get(self._place)) is not None:
-                with member.drawing():
+                with member.drawing():  # in eval mode, its layer draws and changes nothing
                     parts[k] = layer.lora_dropout[TRAINED](parts[k])
         return torch.cat(parts)
 

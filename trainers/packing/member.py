@@ -39,6 +39,7 @@ class Member:
         self.networks: list[Applied] = applied_hypernetworks(model.denoiser)
         self._device = engine.device
         self.states = list[Tensor]()  # of the random number generators
+        self.seed(0)
 
     def seed(self, seed: int) -> None:
         """Start this member's sequence of random numbers, as ``torch.manual_seed`` does for a training alone."""

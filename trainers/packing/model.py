@@ -59,6 +59,21 @@ class PackedModel:
         yield
         self._bank.empty()
 
+    @contextmanager
+    def measuring(self, members: Sequence[Member]) -> Iterator[None]:
+        """Within this context, run forward passes of these members without gradients.
+
+        The matrices of the members that train together are kept for their next pass.
+        """
+        kept = self._bank, self._banked
+        if self._banked != tuple(members):
+            self._bank, self._banked = AdapterBank(members), tuple(members)
+        self._bank.fill()
+        try:
+            yield
+        finally:
+            self._bank, self._banked = kept
+
     def _stacked(self, place: Place) -> Stacked | None:
         return self._bank.layer(place)
 

@@ -13,10 +13,10 @@ from dreamfleet.datasets.errors import UserError
 from dreamfleet.trainers.config.packing import find_unpackable, pack_key
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, explain_out_of_memory, on_device
-from dreamfleet.trainers.loop import Micro
+from dreamfleet.trainers.engines.passes import Pass
 from dreamfleet.trainers.memory.engine_selection import limit_card
 from dreamfleet.trainers.memory.slots import choose_slots
-from dreamfleet.trainers.methods.base import Loss, method_class
+from dreamfleet.trainers.methods.base import method_class
 from dreamfleet.trainers.packing.pack import Pack
 from dreamfleet.trainers.packing.shared_models import SharedModels
 from dreamfleet.trainers.packing.slot import Slot
@@ -119,7 +119,7 @@ class _Runner:
                     return
                 for slot in self.slots:
                     slot.ask()
-                ready = [slot for slot in self.slots if slot.micro is not None and not slot.is_undecided]
+                ready = [slot for slot in self.slots if slot.is_ready]
                 if ready:
                     self._advance(ready)
                 self._collect_ends()
@@ -130,13 +130,13 @@ class _Runner:
                 slot.abandon()
 
     def _advance(self, slots: Sequence[Slot]) -> None:
-        micros = [slot.micro for slot in slots if slot.micro is not None]
+        passes = [slot.pending for slot in slots if slot.pending is not None]
         if self.pack is not None:
-            results: Sequence[Any] = self.pack.backward(micros)
+            results = self.pack.compute(passes)
         else:
-            results = [_alone(micro) for micro in micros]
+            results = [_alone(one) for one in passes]
         for slot, result in zip(slots, results, strict=True):
-            slot.micro = None
+            slot.pending = None
             slot.advance(result)
 
     def _refill(self) -> None:
@@ -213,11 +213,10 @@ class _Runner:
             self.source.on_end(slot.task, slot.end)
 
 
-def _alone(micro: Micro) -> Loss | Exception:
-    """Run the pass of a training that is not packed; return its loss, or the error that ends it."""
-    torch.manual_seed(micro.seed)
+def _alone(one: Pass) -> Any:
+    """Run the pass of a training that is not packed; return its result, or the error that ends it."""
     try:
         with explain_out_of_memory():
-            return micro.engine.backward(micro.batch, last=micro.last)
+            return one.compute()
     except Exception as error:  # noqa: BLE001 - thrown into its training, which closes its files
         return error

@@ -16,8 +16,9 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import explain_out_of_memory
 from dreamfleet.trainers.driver.progress import log_to_run, watch_for_stop
-from dreamfleet.trainers.loop import Micro, StopTraining, Training
-from dreamfleet.trainers.methods.base import Loss
+from dreamfleet.trainers.engines.model_passes import Micro
+from dreamfleet.trainers.engines.passes import Pass, Passes
+from dreamfleet.trainers.loop import StopTraining
 from dreamfleet.trainers.packing.rounds import STOPPED, NewRounds, write_end
 from dreamfleet.trainers.packing.task import End, ExitReason, Task, TaskSource
 from dreamfleet.trainers.recipe import Recipe
@@ -37,7 +38,7 @@ def in_slot() -> bool:
 
 
 class Slot:
-    """One task in progress; :attr:`micro` is the pass that it waits for, :attr:`end` is set when it has ended.
+    """One task in progress; :attr:`pending` is the pass that it waits for, :attr:`end` is set when it has ended.
 
     ``options`` are those of :func:`run_steps`. ``should_stop``: whether all tasks save a checkpoint and end. ``owner``:
     of the folder that the task's is in.
@@ -55,7 +56,7 @@ class Slot:
         **options: Any,
     ):
         self.task, self.source = task, source
-        self.micro: Micro | None = None
+        self.pending: Pass | None = None
         self.end: End | None = None
         self.is_undecided = False  # the source has not decided yet whether the task continues after a round
         self._started, self._is_stopped = time.monotonic(), False  # stopped by the source
@@ -67,7 +68,7 @@ class Slot:
             log_to_run(self._run, verbose=True, when=lambda: _running.get() in (self, None))
         )
         stopped_here = self._resources.enter_context(watch_for_stop(self._run))
-        self._training: Training[Summary] = run_steps(
+        self._training: Passes[Summary] = run_steps(
             recipe,
             distributed,
             resume=True,
@@ -78,15 +79,25 @@ class Slot:
         )
         self.advance(None)
 
-    def advance(self, loss: Loss | Exception | None) -> None:
-        """Continue the run with the loss of :attr:`micro`, or end it with an exception; None starts it."""
+    @property
+    def is_ready(self) -> bool:
+        """Whether its pass is to be computed: a run that waits for a decision completes its measurements before."""
+        return self.pending is not None and not self._is_open
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether it is undecided if the next step is taken. A round that an earlier attempt began is completed."""
+        return self.is_undecided and isinstance(self.pending, Micro)
+
+    def advance(self, result: Any) -> None:
+        """Continue the run with the result of :attr:`pending`, or throw an exception into it; None starts it."""
         token = _running.set(self)
         try:
             with explain_out_of_memory():
-                if isinstance(loss, Exception):
-                    self.micro = self._training.throw(loss)
+                if isinstance(result, Exception):
+                    self.pending = self._training.throw(result)
                 else:
-                    self.micro = next(self._training) if loss is None else self._training.send(loss)
+                    self.pending = next(self._training) if result is None else self._training.send(result)
             self._report_rounds()
         except StopIteration as stop:
             self._report_rounds(last=True)
@@ -102,7 +113,7 @@ class Slot:
 
     def ask(self) -> None:
         """Ask the source for its decision after a round, if it is open."""
-        if self.is_undecided and (stops := self.source.decision(self.task)) is not None:
+        if self._is_open and (stops := self.source.decision(self.task)) is not None:
             self.is_undecided = False
             if stops:
                 self._is_stopped = True
@@ -132,7 +143,7 @@ class Slot:
         self._finish(End("failed", error=text, kind=type(error).__name__ if known else "RunFailed"))
 
     def _finish(self, end: End) -> None:
-        self.micro = None
+        self.pending = None
         self._training.close()
         self._resources.close()
         self.end = dataclasses.replace(end, seconds=time.monotonic() - self._started)

@@ -22,6 +22,7 @@ from dreamfleet.trainers.config.metrics import image_metrics
 from dreamfleet.trainers.distributed.agreement import share_index
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import Engine
+from dreamfleet.trainers.engines.passes import Passes, finish
 from dreamfleet.trainers.evaluation.heldout_loss import HeldOutImages, HeldOutLoss
 from dreamfleet.trainers.evaluation.judge import Judge, References
 from dreamfleet.trainers.evaluation.loss_metrics import MeasuredRun, ModelMetric, make_model_metrics
@@ -59,7 +60,8 @@ class Previews:
 class Evaluation:
     """Held-out loss, other metrics and preview images of a run: every rank calls :meth:`measure` and :meth:`draw`.
 
-    It is created before a checkpoint is loaded, since some metrics compare with the untuned model. The work is
+    It is created, and :meth:`begin` is called, before the first step and before a checkpoint is loaded, since some
+    metrics compare with the untuned model. The work is
     divided between the ranks, except with an engine in lockstep, whose ranks all do all of it.
     Raises UserError for held-out images that cannot be read.
     """
@@ -96,11 +98,8 @@ class Evaluation:
                 count=validation.holdout_timesteps,
                 distributed=self.sharing,
             )
-
-        self.model_metrics = make_model_metrics(
-            validation.model_metrics,
-            MeasuredRun(parts.method, parts.engine, recipe.data, parts.sets.instances, self.sharing),
-        )
+        self.model_metrics: list[ModelMetric] = []
+        self.has_begun = False
         self.untuned = self._load_untuned()
 
     def regroup(self) -> None:
@@ -108,7 +107,16 @@ class Evaluation:
         if self.untuned is not None:
             self.untuned = self._load_untuned()
 
-    def measure(self) -> dict[str, float]:
+    def begin(self) -> Passes[None]:
+        """Measure the untuned model for the metrics that compare with it, once."""
+        if self.has_begun:
+            return
+        parts = self.parts
+        run = MeasuredRun(parts.method, parts.engine, parts.recipe.data, parts.sets.instances, self.sharing)
+        self.model_metrics = yield from make_model_metrics(parts.recipe.validation.model_metrics, run)
+        self.has_begun = True
+
+    def measure(self) -> Passes[dict[str, float]]:
         """Return the metrics of held-out images, ``holdout_loss`` among them, and of the model; {} without any."""
         engine = self.parts.engine
         measured: list[ModelMetric] = [*self.model_metrics]
@@ -116,8 +124,13 @@ class Evaluation:
             measured.insert(0, self.held_out)
         if not measured:
             return {}
-        found = engine.evaluate(lambda: [each.figures(engine) for each in measured])
-        return {name: value for figures in found for name, value in figures.items()}
+        return (yield from engine.evaluate_passes(self._figures(measured)))
+
+    def _figures(self, measured: Sequence[ModelMetric]) -> Passes[dict[str, float]]:
+        found: dict[str, float] = {}
+        for each in measured:
+            found |= yield from finish(each.figures(self.parts.engine))
+        return found
 
     def draw(self, step: int) -> Previews | None:
         """Generate the preview images of a step; rank 0 returns them with their scores. None without prompts."""

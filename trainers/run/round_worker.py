@@ -14,6 +14,7 @@ from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.config.engine import EngineConfig
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.engines.base import Engine
+from dreamfleet.trainers.engines.passes import drive
 from dreamfleet.trainers.methods.base import Method
 from dreamfleet.trainers.methods.image_method import ImageMethod
 from dreamfleet.trainers.optim.ema import saved_average
@@ -65,6 +66,7 @@ class RoundWorker:
             sets = replace(sets, instances=chosen)
         engine = make_engine(recipe, method, distributed)
         self.evaluation = Evaluation(_Parts(recipe, distributed, sets, method, engine, held_out))
+        drive(self.evaluation.begin())
         self.engine = engine
 
     def __call__(self, step: int) -> RoundResult:
@@ -76,7 +78,7 @@ class RoundWorker:
         if step > 0:
             self._load(step)
             began = time.monotonic()
-        figures = self.evaluation.measure()
+        figures = drive(self.evaluation.measure())
         previews = self.evaluation.draw(step)
         return RoundResult(step, figures, previews, seconds=time.monotonic() - began)
 

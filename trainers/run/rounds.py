@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dreamfleet.trainers.engines.passes import Passes, no_passes
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.build import Parts
 from dreamfleet.trainers.run.checkpointing import Checkpointing
@@ -61,11 +62,11 @@ class Rounds(ABC):
         self.parts: Parts = recorder.parts
 
     @abstractmethod
-    def complete(self, start_step: int) -> None:
+    def complete(self, start_step: int) -> Passes[None]:
         """Compute the rounds that are due at the start: of step 0, or those that an earlier session left out."""
 
     @abstractmethod
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int) -> Passes[dict[str, float]]:
         """Measure the held-out images and the model after ``step``; return the figures if they are known already."""
 
     @abstractmethod
@@ -92,24 +93,24 @@ class OwnRounds(Rounds):
         super().__init__(recorder, checkpointing)
         self.evaluation = evaluation
 
-    def complete(self, start_step: int) -> None:
+    def complete(self, start_step: int) -> Passes[None]:
         parts = self.parts
         if start_step == 0:
             if parts.recipe.validation.sample_at_first:
-                if figures := self.evaluation.measure():
+                if figures := (yield from self.evaluation.measure()):
                     self.recorder.log({"step": 0, **figures})
                 self._draw(0)
             return
         if not parts.schedule.samples_at(start_step):
             return
         is_measured, is_drawn = parts.distributed.on_rank_0(lambda: find_round(self.recorder, start_step))
-        if not is_measured and (figures := self.validate(start_step)):
+        if not is_measured and (figures := (yield from self.validate(start_step))):
             self.recorder.log({"step": start_step, **figures})
         if not is_drawn and parts.recipe.validation.prompts:
             self.sample(start_step)
 
-    def validate(self, step: int) -> dict[str, float]:
-        if figures := self.evaluation.measure():
+    def validate(self, step: int) -> Passes[dict[str, float]]:
+        if figures := (yield from self.evaluation.measure()):
             self.checkpointing.keep_best(step, figures)
         return figures
 
@@ -149,7 +150,7 @@ class RemoteRounds(Rounds):
         self.evaluator: Evaluator | None = None
         self._started = set[int]()
 
-    def complete(self, start_step: int) -> None:
+    def complete(self, start_step: int) -> Passes[None]:
         def start() -> None:
             if start_step > 0:
                 self._start_missing(start_step)
@@ -157,8 +158,9 @@ class RemoteRounds(Rounds):
                 self._start(0)
 
         self.parts.distributed.on_rank_0(start)
+        return no_passes(None)
 
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int) -> Passes[dict[str, float]]:
         def start() -> None:
             if self.evaluator is None:
                 self._start_missing(step - 1)
@@ -166,7 +168,7 @@ class RemoteRounds(Rounds):
 
         self.checkpointing.save(step)
         self.parts.distributed.on_rank_0(start)
-        return {}
+        return no_passes({})
 
     def sample(self, step: int) -> None:
         """Do nothing: :meth:`validate` has started the whole round."""

@@ -18,7 +18,7 @@ from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.device import TRAINING, on_device
 from dreamfleet.trainers.distributed.membership import CutOff, GroupBroke, Left, Membership, is_broken_group
 from dreamfleet.trainers.distributed.pulse import Pulse
-from dreamfleet.trainers.loop import Training, drive
+from dreamfleet.trainers.engines.passes import Passes, drive
 from dreamfleet.trainers.memory.engine_selection import settle_engine
 from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
@@ -103,8 +103,8 @@ def run_steps(
     on_main: Callable[[], None] = lambda: None,
     fence: Fence | None = None,
     make_evaluator: MakeEvaluator | None = None,
-) -> Training[Summary]:
-    """Train a whole run as :func:`run_worker`; a generator that yields micro-batches and is sent their losses.
+) -> Passes[Summary]:
+    """Train a whole run as :func:`run_worker`; a generator of the passes that it needs, see :func:`drive`.
 
     ``load`` returns the model that the run trains on; it may share parameters that the run does not train. ``settle``
     returns the recipe with its engine selected, and the reason.
@@ -130,7 +130,7 @@ def run_steps(
 
     if membership is None:
         with start() as session:
-            session.open()
+            yield from session.open()
             return session.finish((yield from session.train()))
     return (yield from _follow(membership, distributed, start, pulse, on_main))
 
@@ -141,7 +141,7 @@ def _follow(
     start: Callable[[], Session],
     pulse: Pulse,
     on_main: Callable[[], None],
-) -> Training[Summary]:
+) -> Passes[Summary]:
     """Train in one generation of workers after the other until the run is complete; return its summary.
 
     A worker that comes late builds its session alone, and then joins the others. If a collective operation fails
@@ -171,11 +171,11 @@ def _follow(
                         session.close()
                         session = None
                     session = start()
-                    session.open()
+                    yield from session.open()
                 else:
                     if session is None:  # its start broke, while others had just completed theirs
                         raise CutOff("this worker has no state to join the others with")
-                    session.join(generation, broke_at=broke_at)
+                    yield from session.join(generation, broke_at=broke_at)
                 broke_at = None
                 outcome = yield from session.train()
                 if outcome.exit_reason != "regroup":

@@ -13,7 +13,8 @@ from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.membership import Membership
 from dreamfleet.trainers.distributed.pulse import Preempted, Pulse
 from dreamfleet.trainers.distributed.roster import Generation
-from dreamfleet.trainers.loop import Hooks, Outcome, Progress, Training, train
+from dreamfleet.trainers.engines.passes import Passes, drive
+from dreamfleet.trainers.loop import Hooks, Outcome, Progress, train
 from dreamfleet.trainers.models.family import load_model
 from dreamfleet.trainers.recipe import Recipe
 from dreamfleet.trainers.report.events import EventLog, open_rank_events
@@ -74,8 +75,9 @@ class Session:
                 self.recorder.run, distributed.device, recipe.train.profile_steps, rank=distributed.rank
             )
             pulse.on_stage = self.stages.mark
-            # some metrics compare with the untuned model
             self.evaluation = choose_evaluation(parts, make_evaluator)
+            if isinstance(self.evaluation, Evaluation) and not begins:
+                drive(self.evaluation.begin())  # some metrics compare with the untuned model
             start_step = restore(found, parts) if found else 0
             clock.resume(found.meta.get("seconds", {}) if found else {})
             self.checkpointing = Checkpointing(
@@ -110,8 +112,10 @@ class Session:
         self._release.__exit__(*(error or (None, None, None)))
         self.recorder.events.close()
 
-    def open(self) -> None:
+    def open(self) -> Passes[None]:
         """Write the first files of the run folder, and compute the validation rounds that are due at the start."""
+        if isinstance(self.evaluation, Evaluation):
+            yield from self.evaluation.begin()
         recorder, start_step = self.recorder, self.checkpointing.start_step
 
         def begin() -> None:
@@ -121,12 +125,12 @@ class Session:
                 recorder.run.write_bytes("samples/real.png", training_grid(self.parts))
 
         self.distributed.on_rank_0(begin)
-        self.rounds.complete(start_step)
+        yield from self.rounds.complete(start_step)
         self.is_open = True
         self.clock.ready()
         recorder.events.add("ready", step=start_step, seconds=self.clock.start_up)
 
-    def train(self) -> Training[Outcome]:
+    def train(self) -> Passes[Outcome]:
         """Train until the run is complete, is to stop, or its workers are to regroup."""
         parts = self.parts
         try:
@@ -149,13 +153,13 @@ class Session:
         finally:
             self.pulse.report()
 
-    def warm_up(self) -> Training[None]:
+    def warm_up(self) -> Passes[None]:
         """Run one forward and backward pass whose result is dropped, before the other workers wait for this one."""
         parts = self.parts
         batch = next(parts.feed.stream(0, 1))
         yield from self.progress.warm_up(batch, parts.prepare, seed=parts.recipe.train.seed)
 
-    def join(self, generation: Generation, *, broke_at: float | None) -> None:
+    def join(self, generation: Generation, *, broke_at: float | None) -> Passes[None]:
         """Continue with the workers of a new generation, whose process group is open.
 
         Members whose state is older than the newest get it from a member that holds it. A new rank 0 takes over the
@@ -199,7 +203,7 @@ class Session:
             complete_line(self.recorder, self.progress)
             if parts.schedule.saves_at(self.done):
                 self.checkpointing.save(self.done)
-            self.rounds.complete(self.done)
+            yield from self.rounds.complete(self.done)
 
     def finish(self, outcome: Outcome) -> Summary:
         """Export the artifacts of a completed run with ``train.export``; write the summary and the report."""

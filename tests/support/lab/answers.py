@@ -92,6 +92,18 @@ def summary(url: str) -> dict[str, Any]:
     return json.loads(run.read_text("summary.json")) if run.exists("summary.json") else {}
 
 
+def statuses(url: str) -> dict[str, str]:
+    """Return the status of each run by its name, from the table of a fleet."""
+    import io
+
+    import pyarrow.parquet
+
+    from dreamfleet.datasets.storage.storage import read_uri
+
+    table = pyarrow.parquet.read_table(io.BytesIO(read_uri(url)))
+    return dict(zip(table.column("name").to_pylist(), table.column("status").to_pylist(), strict=True))
+
+
 def trained_elements(url: str) -> int:
     """Return the number of elements in the weights of a run's newest checkpoint."""
     return sum(tensor.numel() for tensor in _checkpoints(url).load(last_step(url)).learned.values())
@@ -137,6 +149,7 @@ ANSWERS = (
     difference,
     events,
     summary,
+    statuses,
     trained_elements,
 )
 QUESTIONS: dict[str, Callable[..., Any]] = {answer.__name__: answer for answer in ANSWERS}

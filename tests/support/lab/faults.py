@@ -114,7 +114,7 @@ def drain_node(trial: Trial) -> None:
 
 def kill_driver(trial: Trial) -> None:
     """SIGKILL of the driver."""
-    pids = trial.lab.head.pids("dreamfleet train")
+    pids = trial.lab.head.pids(f"dreamfleet {trial.command[0]}")
     assert pids, "no driver"
     trial.mark()
     for pid in pids:

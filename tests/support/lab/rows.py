@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lab import faults
 from lab.faults import Fault
 from lab.laboratory import Laboratory
-from lab.trial import EVERY, STEPS, Trial
+from lab.many import FLEET, PACKED, each_run_once, once_some_finished, write_subjects
+from lab.trial import EVERY, STEPS, TRAIN, Trial
 
 ONE_SAVE = {"train__checkpointing_steps": STEPS}
 
@@ -25,6 +26,7 @@ class Row:
     that of the undisturbed run; 0 requires equal bits, optimizer state included. ``in_ci``: part of the selection for
     every change. ``recipe``: further keys of the recipe, dotted with ``__``. ``slower``: seconds by
     which each step is longer. ``prepare`` is called before the run starts; ``expect`` checks what else holds.
+    ``command``: of dreamfleet. ``compare`` returns the difference from the undisturbed run; None where there is none.
     """
 
     name: str
@@ -40,6 +42,32 @@ class Row:
     slower: float = 0.0
     prepare: Callable[[Laboratory], None] = lambda lab: None
     expect: Callable[[Trial], None] = lambda trial: None
+    command: Sequence[str] = TRAIN
+    compare: Callable[[Trial, Row, References], float] | None = lambda *of: like_undisturbed(*of)
+
+
+def like_undisturbed(trial: Trial, row: Row, references: References) -> float:
+    """Return the largest difference between a weight and that of the undisturbed run, which the row allows."""
+    difference = float(trial.lab.ask("difference", references.find(row), trial.url))
+    assert difference <= row.tolerance, f"a weight differs by {difference:.2e} from the undisturbed run"
+    return difference
+
+
+def of_fleet(name: str, fault: Fault, **options: Any) -> Row:
+    """Return the row of a fleet: a fault when some of its subjects are finished."""
+    return Row(
+        f"fleet: {name}",
+        once_some_finished(fault),
+        command=FLEET,
+        workers=1,
+        recipe=PACKED,
+        strikes_at=0,
+        repeated=9 * 2 * EVERY,
+        prepare=write_subjects,
+        expect=each_run_once,
+        compare=None,
+        **options,
+    )
 
 
 def is_refused(trial: Trial) -> None:
@@ -135,13 +163,16 @@ ROWS = (
         prepare=without_last_node,
         expect=ends_with(3),
     ),
+    of_fleet("SIGKILL of a packed worker", faults.kill_worker(0)),
+    of_fleet("node without power", faults.power_off_rank_0),
+    of_fleet("SIGKILL of the driver", faults.kill_driver, code=-9),
 )
 
 
 def try_row(lab: Laboratory, row: Row, references: References) -> dict[str, Any]:
     """Try a row on a repaired laboratory; return what was measured. Raises AssertionError if the outcome is another."""
     lab.repair()
-    trial = Trial(lab, "trial", row.storage, row.workers, recipe=row.recipe)
+    trial = Trial(lab, "trial", row.storage, row.workers, recipe=row.recipe, command=row.command)
     began = time.monotonic()
     try:
         row.prepare(lab)
@@ -159,8 +190,7 @@ def try_row(lab: Laboratory, row: Row, references: References) -> dict[str, Any]
         row.expect(trial)
         measured = trial.measure()
         assert measured["repeated"] <= row.repeated, f"{measured}{said}"
-        difference = lab.ask("difference", references.find(row), trial.url)
-        assert difference <= row.tolerance, f"a weight differs by {difference:.2e} from the undisturbed run"
+        difference = row.compare(trial, row, references) if row.compare else None
         return {
             "fault": row.name,
             "storage": row.storage,

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ STEPS, EVERY, AT = (
 RUN_SECONDS = 600  # longest time of a run or of a wait, on a loaded machine
 FOLDERS = {"s3": f"s3://{BUCKET}/runs", "shared": "/tmp/shared/runs"}
 DATA = {"s3": f"{IMAGES}/train", "shared": "/tmp/shared/cat/train"}
+
+TRAIN = ("train",)
 
 T = TypeVar("T")
 
@@ -59,11 +61,18 @@ def make_recipe(
 
 
 class Driver:
-    """A running ``dreamfleet train`` on the head, or another ``machine``, and the lines that it prints."""
+    """A running ``dreamfleet train``, or another ``command``, on the head or a ``machine``; and what it prints."""
 
-    def __init__(self, lab: Laboratory, recipe: str, *options: str, machine: Machine | None = None):
+    def __init__(
+        self,
+        lab: Laboratory,
+        recipe: str,
+        *options: str,
+        machine: Machine | None = None,
+        command: Sequence[str] = TRAIN,
+    ):
         self.lines: list[str] = []
-        words = ["dreamfleet", "train", recipe, "--address", f"{lab.head.ip}:{RAY_PORT}", *options]
+        words = ["dreamfleet", *command, recipe, "--address", f"{lab.head.ip}:{RAY_PORT}", *options]
         self.process = subprocess.Popen(
             (machine or lab.head).command(words, lab.environment()),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -141,6 +150,8 @@ class Trial:
     steps: int = STEPS
     at: int = AT
     recipe: dict[str, Any] = field(default_factory=dict)  # more keys, dotted with __
+    command: Sequence[str] = TRAIN  # of dreamfleet, before the recipe
+    finished: set[str] = field(default_factory=set)  # subjects of a fleet that the fault found finished
     struck: float = 0.0  # time of the fault
     before: int = 0  # the last step that was complete then
     drivers: list[Driver] = field(default_factory=list)
@@ -157,7 +168,7 @@ class Trial:
         )
         name = f"recipe-{len(self.drivers)}.yaml"
         (self.lab.head.disk / "tmp" / name).write_text(json.dumps(made, indent=1))  # JSON is YAML
-        self.drivers.append(Driver(self.lab, f"/tmp/{name}", *options))
+        self.drivers.append(Driver(self.lab, f"/tmp/{name}", *options, command=self.command))
         return self.drivers[-1]
 
     @property
@@ -229,7 +240,11 @@ class Trial:
 
     def repeated(self) -> int:
         """Return how many executions of steps were repetitions."""
-        return sum(times - 1 for times in Counter(event["step"] for event in self.trace.steps()).values())
+        return sum(times - 1 for times in self.executions().values())
+
+    def executions(self) -> Counter[tuple[str, int]]:
+        """Return how often each step was taken, by run and number."""
+        return Counter((event.get("run", ""), event["step"]) for event in self.trace.steps())
 
     def measure(self) -> dict[str, Any]:
         """Return what the fault cost: seconds until a worker started and until the first new step, steps repeated."""

@@ -52,14 +52,16 @@ def seen(folder: Path) -> list[dict[str, Any]]:
 
 def test_rank_0_decides_for_all(seen: list[dict[str, Any]]) -> None:
     assert [rank["value of rank 0"] for rank in seen] == [{"value": [0]}] * 2
-    assert [rank["own value"]["value"] for rank in seen] == [0, 1]
+    for case in ("own value", "own value of a generator"):
+        assert [rank[case]["value"] for rank in seen] == [0, 1]
 
 
 def test_an_error_on_one_rank_is_raised_on_all(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         assert rank["error on rank 0"] == {"error": "DataError", "message": "no such image"}
-        assert rank["error on rank 1"]["error"] == "DataError"
-        assert "a torn image (on rank 1, " in rank["error on rank 1"]["message"]
+        for case in ("error on rank 1", "error on rank 1 in a generator"):
+            assert rank[case]["error"] == "DataError"
+            assert "a torn image (on rank 1, " in rank[case]["message"]
     assert [rank["fault on rank 0"]["error"] for rank in seen] == ["KeyError", "OtherRankFailed"]
     assert "a bug" in seen[1]["fault on rank 0"]["message"]
 

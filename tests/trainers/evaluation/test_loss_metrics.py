@@ -15,19 +15,24 @@ from PIL import Image
 from dreamfleet.datasets.errors import RecipeError
 from dreamfleet.datasets.images.masks import ImageView
 from dreamfleet.datasets.index.index import build_index
+from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.batches.vae_encoding import read_cut
+from dreamfleet.trainers.config.metrics import METRICS, Metric
 from dreamfleet.trainers.distributed.context import DistributedContext
+from dreamfleet.trainers.engines.passes import drive, finish, no_passes
 from dreamfleet.trainers.evaluation.loss_metrics import (
     BINS,
     MOST_IMAGES,
     VIEWS,
     MeasuredRun,
-    Overfitting,
-    ViewLoss,
     make_model_metrics,
+    make_overfitting,
+    make_view_loss,
 )
 from dreamfleet.trainers.recipe import build_recipe
+from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.build import assemble
+from dreamfleet.trainers.run.run import run_worker
 
 
 class Planted:
@@ -36,15 +41,15 @@ class Planted:
     def __init__(self, *rounds: list[list[float]]):
         self.rounds, self.engine = rounds, self
 
-    def evaluate(self, action: Any) -> Any:
-        return action()
+    def evaluate_passes(self, passes: Any) -> Any:
+        return passes
 
     def losses(self, **view: Any) -> Any:
         remaining = iter(self.rounds)
 
         class Images:
-            def losses(self, engine: Any) -> torch.Tensor:
-                return torch.tensor(next(remaining)).double()
+            def passes(self, engine: Any) -> Any:
+                return no_passes(torch.tensor(next(remaining)).double())
 
         return Images()
 
@@ -52,19 +57,19 @@ class Planted:
 def test_overfitting_is_the_mean_share_of_the_base_loss_that_is_gone_in_each_bin() -> None:
     base, tuned = [[1.0, 0.1], [3.0, 0.3]], [[0.5, 0.1], [1.5, 0.1]]
     run: Any = Planted(base, base, tuned, [[0.0, 0.0]] * 2, [[9.0, 9.0]] * 2)
-    metric = Overfitting(run)
-    assert metric.figures(run)["overfitting"] == 0
-    assert metric.figures(run)["overfitting"] == pytest.approx((0.5 + 0.5) / 2)
-    assert metric.figures(run)["overfitting"] == 1
-    assert metric.figures(run)["overfitting"] == 0  # worse than the base is not overfitted
+    metric = drive(make_overfitting(run))
+    assert drive(metric.figures(run))["overfitting"] == 0
+    assert drive(metric.figures(run))["overfitting"] == pytest.approx((0.5 + 0.5) / 2)
+    assert drive(metric.figures(run))["overfitting"] == 1
+    assert drive(metric.figures(run))["overfitting"] == 0  # worse than the base is not overfitted
 
 
 def test_view_loss_is_relative_to_the_untuned_model_in_each_bin() -> None:
     base = [[1.0, 0.1]]
     run: Any = Planted(base, base, [[0.5, 0.2]])
-    metric = ViewLoss(run)
-    assert metric.figures(run)["view_loss"] == pytest.approx(1)
-    assert metric.figures(run)["view_loss"] == pytest.approx((0.5 + 2) / 2)
+    metric = drive(make_view_loss(run))
+    assert drive(metric.figures(run))["view_loss"] == pytest.approx(1)
+    assert drive(metric.figures(run))["view_loss"] == pytest.approx((0.5 + 2) / 2)
 
 
 def test_metrics_of_a_real_run_start_at_the_untuned_model_and_do_not_change_the_method(
@@ -75,15 +80,19 @@ def test_metrics_of_a_real_run_start_at_the_untuned_model_and_do_not_change_the_
         parts.method, parts.engine, parts.recipe.data, parts.sets.instances, DistributedContext()
     )
     before = {name: value.clone() for name, value in parts.method.state().items()}
-    metrics = make_model_metrics(["overfitting", "view_loss"], run)
-    figures = {name: value for metric in metrics for name, value in metric.figures(parts.engine).items()}
+    metrics = drive(make_model_metrics(["overfitting", "view_loss"], run))
+    figures = figures_of(metrics, parts.engine)
     assert figures == {"overfitting": 0, "view_loss": 1}
     assert all(torch.equal(value, before[name]) for name, value in parts.method.state().items())
     with torch.no_grad():
         for value in parts.method.state().values():
             value.mul_(1.1)
-    changed = {name: value for metric in metrics for name, value in metric.figures(parts.engine).items()}
+    changed = figures_of(metrics, parts.engine)
     assert changed["view_loss"] != 1
+
+
+def figures_of(metrics: Any, engine: Any) -> dict[str, float]:
+    return {name: value for each in metrics for name, value in drive(finish(each.figures(engine))).items()}
 
 
 def test_at_most_some_training_images_are_measured_evenly_chosen(tmp_path: Path) -> None:
@@ -123,4 +132,26 @@ def test_a_method_without_a_denoiser_is_refused_with_the_key(tmp_path: Path) -> 
         parts.method, parts.engine, parts.recipe.data, parts.sets.instances, DistributedContext()
     )
     with pytest.raises(RecipeError, match=r"validation\.metrics.*discriminator"):
-        make_model_metrics(["overfitting"], run)
+        drive(make_model_metrics(["overfitting"], run))
+
+
+class Plain:
+    """A metric from outside the package that computes its figures at once."""
+
+    def __init__(self, run: MeasuredRun):
+        self.images = run.losses()
+        self.base = float(self.images.losses(run.engine).mean())
+
+    def figures(self, engine: Any) -> dict[str, float]:
+        return {"plain": float(self.images.losses(engine).mean()) / self.base}
+
+
+def test_a_metric_may_return_its_figures_without_passes(tmp_path: Path) -> None:
+    METRICS.register("plain")(Metric(title="plain", note="Loss relative to the first.", measure=Plain))
+    try:
+        validation = {"steps": 2, "metrics": ["loss", "plain"]}
+        run_worker(build_recipe(tiny.make_recipe(tmp_path, train__max_train_steps=2, validation=validation)))
+    finally:
+        METRICS.unregister("plain")
+    lines = [line for line in read_metrics(Storage(str(tmp_path / "run"))) if "plain" in line]
+    assert [line["step"] for line in lines] == [0, 2] and lines[0]["plain"] == 1 != lines[1]["plain"]

@@ -35,6 +35,13 @@ def _rank():
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def _packed_run():
+    """Return the name of the run whose code runs, where several share a process; empty for one alone."""
+    module = sys.modules.get("dreamfleet.trainers.packing.slot")
+    slot = module._running.get() if module else None
+    return slot.task.name if slot else ""
+
+
 def _watch_run(module):
     real = module.run_worker
 
@@ -61,7 +68,7 @@ def _watch_engine(module):
                 time.sleep(float(file.read()))
         except (OSError, ValueError):
             pass
-        note("step", rank=_rank(), step=number)
+        note("step", rank=_rank(), step=number, run=_packed_run())
         return result
 
     module.TorchEngine.step = step
