@@ -183,8 +183,10 @@ class DiffusionModel(ABC):
                 self.weights.place(part, torch.device(device), half)
             if adapted and dtype is not None:
                 adapters.cast_frozen(part, dtype)
-            # Move and cast in one call, so that the GPU never holds the frozen parts in float32.
-            part.to(home if waits else device, None if trains or name in self.float32_parts else dtype)
+            # Move and cast in one call, so that the GPU never holds the frozen parts in float32. diffusers' own method
+            # warns of parts that are to stay in float32, even if there are none; float32_parts says which do.
+            precision = None if trains or name in self.float32_parts else dtype
+            nn.Module.to(part, home if waits else device, precision)
         return self
 
     def checkpoint_activations(self, *, text: bool) -> None:
