@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from dreamfleet.datasets.errors import LeaseLost, Replaced
 from dreamfleet.datasets.storage.storage import Storage
 from dreamfleet.trainers.run.lease import Lease, LeaseFile, SystemTime
 
+log = logging.getLogger(__name__)
 CHECK_SECONDS = 1.0  # how long the result of a check counts for text appended to a log
 
 
@@ -135,3 +138,12 @@ def begin_attempt(run: Storage, owner: Owner | None, *, step: int, clock: System
     fence = Fence(run, owner, clock=clock)
     fence.begin(step=step)
     return fence
+
+
+@contextmanager
+def unless_replaced() -> Iterator[None]:
+    """Log a write that is refused because another process of the run writes now; other errors are raised."""
+    try:
+        yield
+    except Replaced as error:
+        log.info("not all was written before this process was replaced: %s", error)

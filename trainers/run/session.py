@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Any
 
-from dreamfleet.datasets.errors import Replaced
 from dreamfleet.trainers.distributed.context import DistributedContext
 from dreamfleet.trainers.distributed.membership import Membership
 from dreamfleet.trainers.distributed.pulse import Preempted, Pulse
@@ -23,7 +22,7 @@ from dreamfleet.trainers.run.checkpoint import Checkpoint, Checkpoints
 from dreamfleet.trainers.run.checkpointing import Checkpointing
 from dreamfleet.trainers.run.evaluation import Evaluation, training_grid
 from dreamfleet.trainers.run.export import export_artifacts
-from dreamfleet.trainers.run.fence import Fence
+from dreamfleet.trainers.run.fence import Fence, unless_replaced
 from dreamfleet.trainers.run.recorder import Recorder
 from dreamfleet.trainers.run.restore import restore
 from dreamfleet.trainers.run.rounds import MakeEvaluator, choose_evaluation, make_rounds
@@ -240,11 +239,9 @@ class Session:
 
     def leave(self) -> None:
         """Complete what this worker writes before it leaves, unless the next writer, which has it too, has begun."""
-        try:
+        with unless_replaced():
             self.checkpointing.saves.finish()
             self.recorder.flush()
-        except Replaced as error:
-            log.info("not all was written before this worker left: %s", error)
 
     def _make_hooks(self) -> Hooks:
         return Hooks(
