@@ -55,7 +55,7 @@ def work(
 
 
 def _plant(plan: dict[str, Any]) -> None:
-    """Let this process kill or stop itself at the ``call``-th call of ``where``, or sleep in every step or save."""
+    """Let this process end or stop itself in the ``call``-th call of ``where``, sleep in steps or saves, or wait."""
     from dreamfleet.trainers.engines.torch_engine import TorchEngine
     from dreamfleet.trainers.run.checkpoint import Checkpoints
     from dreamfleet.trainers.run.evaluation import Evaluation
@@ -70,6 +70,15 @@ def _plant(plan: dict[str, Any]) -> None:
     if pause := plan.get("pause"):
         before = TorchEngine.begin_step
         TorchEngine.begin_step = lambda *args: (time.sleep(pause), before(*args))[1]  # type: ignore[method-assign]
+    if held := plan.get("held_until"):
+        begin = TorchEngine.begin_step
+
+        def hold(engine: Any, rates: Any, step: int) -> Any:
+            while step >= plan["held_at"] and not Path(held).exists():
+                time.sleep(0.02)
+            return begin(engine, rates, step)
+
+        TorchEngine.begin_step = hold  # type: ignore[method-assign]
     if seconds := plan.get("slow_save"):
         write = Checkpoints.write
 

@@ -12,6 +12,7 @@ from searches import make_trained_tree
 
 from dreamfleet.datasets.errors import CheckpointError, StorageError
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.engines.passes import Passes, no_passes
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.report.metrics_log import read_metrics
 from dreamfleet.trainers.run.checkpoint import Checkpoints
@@ -40,9 +41,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialStore:
     recipe = build_recipe(tree)
     assert recipe.search is not None
 
-    def measure(evaluation: Evaluation) -> dict[str, float]:
+    def measure(evaluation: Evaluation) -> Passes[dict[str, float]]:
         run = Storage(evaluation.parts.recipe.output_dir)
-        return {"holdout_loss": LOSSES[run.url.rpartition("/")[2]][len(rounds_of(run))]}
+        return no_passes({"holdout_loss": LOSSES[run.url.rpartition("/")[2]][len(rounds_of(run))]})
 
     monkeypatch.setattr(Evaluation, "measure", measure)
     store = TrialStore(recipe)

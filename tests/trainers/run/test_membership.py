@@ -94,12 +94,14 @@ def test_a_worker_that_dies_while_the_run_starts_costs_a_new_start(
 def test_a_killed_worker_is_replaced_by_one_that_gets_the_state_from_a_survivor(
     tmp_path: Path, undisturbed: dict[int, Any]
 ) -> None:
-    group = make_group(tmp_path, 3)
-    group.start(0, where="backward", call=4, pause=0.5)
+    group, joined = make_group(tmp_path, 3), tmp_path / "joined"
+    group.start(0, where="backward", call=4)
     for rank in (1, 2):
-        group.start(rank, pause=0.5)
+        group.start(rank, held_at=3, held_until=str(joined))
     group.wait_for(lambda: len(group.generations) > 1)
-    group.start(0, pause=0.5)
+    group.start(0)
+    group.wait_for(lambda: any(member.ready for member in group.coordinator.roster.members.values()))
+    joined.touch()
     assert group.end() == [DONE | {"workers": 3}] * 3
     shrunk, grown = check(group, undisturbed[3])
     assert (shrunk["world"], grown["world"]) == (2, 3)
