@@ -175,7 +175,7 @@ def rage(storm: Storm, *, minutes: float, every: float, faults: tuple[Callable[[
         try:
             told = fault(storm)
         except (LookupError, AssertionError, StopIteration) as error:
-            told = f"{fault.__name__}: nothing to strike ({error})"
+            told = f"{fault.__name__}: nothing to strike ({str(error)[:80]})"
         storm.struck.append({"at_s": round(time.time() - first, 1), "step": step, "fault": told})
         print(json.dumps(storm.struck[-1]), flush=True)
     storm.wait_until(began + minutes * 60)
