@@ -13,6 +13,7 @@ import tiny
 from dreamfleet.cluster.cli.base import print_json
 from dreamfleet.datasets.json_text import json_text
 from dreamfleet.datasets.storage.storage import Storage
+from dreamfleet.trainers.engines.passes import no_passes
 from dreamfleet.trainers.engines.torch_engine import TorchEngine
 from dreamfleet.trainers.recipe import build_recipe
 from dreamfleet.trainers.report.metrics_log import MetricsLog, read_metrics
@@ -73,7 +74,7 @@ def test_an_overflowed_step_is_null_in_all_files_of_a_run(
         return whole(engine, rates, step) * float("inf" if step == 2 else 1)
 
     monkeypatch.setattr(TorchEngine, "step", overflows)
-    monkeypatch.setattr(Evaluation, "measure", lambda evaluation: {"holdout_loss": nan})
+    monkeypatch.setattr(Evaluation, "measure", lambda evaluation: no_passes({"holdout_loss": nan}))
     holdout = str(tiny.make_images(tmp_path / "holdout", 1))
     tree = tiny.make_recipe(
         tmp_path,
