@@ -72,12 +72,15 @@ def search(
     recipe = _load(recipe, overrides)
     open_folder = partial(open_store, recipe, resume=resume or continues or take_over)
     errors = Errors()
-    for check in (partial(check_trackers, recipe), partial(check_inputs, recipe), open_folder):
-        with errors.collect():
-            check()
+    with errors.collect():
+        check_trackers(recipe)
+    with errors.collect():
+        check_inputs(recipe)
+    with errors.collect():
+        folder = open_folder().folder
     errors.refuse()
     disk = require_search_disk(recipe)
-    folder, say = open_folder().folder, Display().say
+    say = Display().say
     waiting = open_folder if continues else None
     with (
         patience(recipe.storage.patience_seconds),
